@@ -1,0 +1,340 @@
+// The forward pipeline: one function per operation of the public header, each a short list of launches.
+//
+//   pool -> reduce -> [project -> score -> select] -> per group of heads [linear_state -> weights -> complement] -> attn
+#include <algorithm>
+#include <cstdint>
+
+#include "core/device.h"
+#include "core/error.h"
+#include "core/nvtx.h"
+#include "core/validate.h"
+#include "kernels/common/params.h"
+#include "sla2/sla2.h"
+
+namespace sla2 {
+namespace {
+
+// Router scores exist for this many bytes of rows at a time.
+constexpr int64_t kScoreGroupBytes = 64 << 20;
+// States of a group of heads stay in L2 (60 MiB on an H200) between the kernel that writes and the one that reads them.
+#ifndef GROUP_MB
+#define GROUP_MB 48
+#endif
+constexpr int64_t kStateGroupBytes = int64_t{GROUP_MB} << 20;
+
+// Hands out 256-byte aligned pieces of the workspace; with a null base it only counts.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return piece;
+  }
+  size_t used() const { return static_cast<size_t>(used_); }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+struct RouteBuffers {
+  float* q_mean;
+  float* q_proj;
+  float* k_proj;
+  float* scores;
+  int heads_per_group, rows_per_group;
+};
+
+struct Buffers {
+  float* k_sum;
+  float* k_mean;
+  float* v_amax_partial;
+  float* v_scale;
+  RouteBuffers route;
+  void* records;
+  float* k_scale;
+  uint16_t* weights;
+  uint16_t* state;
+  uint16_t* h;
+  float* z;
+  int heads_per_group;
+};
+
+RouteBuffers plan_route(Arena& arena, const Shape& shape, int head_dim, bool scores_given) {
+  RouteBuffers buffers = {};
+  const int64_t q_rows = static_cast<int64_t>(shape.num_bh) * shape.num_q_blocks;
+  const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
+  buffers.q_mean = arena.take<float>(q_rows * head_dim);
+  buffers.q_proj = arena.take<float>(q_rows * head_dim);
+  buffers.k_proj = arena.take<float>(k_rows * head_dim);
+  buffers.heads_per_group = shape.num_bh;
+  buffers.rows_per_group = shape.num_q_blocks;
+  if (!scores_given) {
+    const int64_t row_bytes = static_cast<int64_t>(shape.num_k_blocks) * sizeof(float);
+    const int64_t head_bytes = row_bytes * shape.num_q_blocks;
+    buffers.heads_per_group = static_cast<int>(std::clamp<int64_t>(kScoreGroupBytes / head_bytes, 1, shape.num_bh));
+    buffers.rows_per_group =
+        static_cast<int>(std::clamp<int64_t>(kScoreGroupBytes / row_bytes, 1, shape.num_q_blocks));
+    buffers.scores = arena.take<float>(static_cast<int64_t>(buffers.heads_per_group) * buffers.rows_per_group *
+                                       shape.num_k_blocks);
+  }
+  return buffers;
+}
+
+bool has_sparse(const sla2_attn_fwd_params& p) { return p.branch != SLA2_BRANCH_LINEAR; }
+bool has_linear(const sla2_attn_fwd_params& p) { return p.branch != SLA2_BRANCH_SPARSE; }
+int sparse_quant(const sla2_attn_fwd_params& p) { return has_sparse(p) ? p.quant : SLA2_QUANT_NONE; }
+
+Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_params& p) {
+  Buffers buffers = {};
+  const int64_t d = p.shape.head_dim;
+  const int64_t q_rows = static_cast<int64_t>(shape.num_bh) * shape.num_q_blocks;
+  const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
+  const bool routed = p.router.proj_q != nullptr;
+  const int quant = sparse_quant(p);
+  if (p.smooth_k || routed) buffers.k_sum = arena.take<float>(k_rows * d);
+  buffers.k_mean = arena.take<float>(shape.num_bh * d);
+  if (routed) buffers.route = plan_route(arena, shape, p.shape.head_dim, false);
+  if (quant != SLA2_QUANT_NONE) {
+    buffers.v_amax_partial = arena.take<float>(q_rows * d);
+    buffers.v_scale = arena.take<float>(shape.num_bh * 2 * d);
+    const int64_t record = SLA2_BLOCK_K * d * (quant == SLA2_QUANT_INT8_FP8 ? 2 : 3);
+    buffers.records = arena.take<char>(k_rows * record);
+    buffers.k_scale = arena.take<float>(k_rows);
+  }
+  buffers.heads_per_group = shape.num_bh;
+  if (has_linear(p)) {
+    const int64_t state = d * d + 2 * d;
+    const int64_t head_bytes = shape.num_k_blocks * state * static_cast<int64_t>(sizeof(uint16_t));
+    buffers.heads_per_group = static_cast<int>(std::clamp<int64_t>(kStateGroupBytes / head_bytes, 1, shape.num_bh));
+    const int64_t group = buffers.heads_per_group;
+    buffers.state = arena.take<uint16_t>(group * shape.num_k_blocks * state);
+    buffers.weights = arena.take<uint16_t>(group * shape.num_q_blocks * padded_blocks(shape.num_k_blocks));
+    buffers.h = arena.take<uint16_t>(q_rows * d * d);
+    buffers.z = arena.take<float>(q_rows * 2 * d);
+  }
+  return buffers;
+}
+
+TensorView view(const sla2_tensor& tensor) {
+  return {tensor.data, tensor.stride_batch, tensor.stride_token, tensor.stride_head};
+}
+
+void require_workspace(const Arena& arena, const void* workspace, size_t bytes) {
+  require(bytes >= arena.used(), "workspace_bytes is ", bytes, ": ", arena.used(), " are needed");
+  require(arena.used() == 0 || workspace != nullptr, "workspace is null");
+  require(reinterpret_cast<uintptr_t>(workspace) % 256 == 0, "workspace is not 256-byte aligned");
+}
+
+void require_support(int dtype, int head_dim, int quant, int path) {
+  const std::string reasons = not_supported_reasons(device_info(current_device()), dtype, head_dim, quant, path);
+  if (!reasons.empty()) throw Error(SLA2_UNSUPPORTED, reasons);
+}
+
+void run_pool(const Shape& shape, const sla2_shape& given, PoolParams pool, ReduceParams reduce) {
+  const std::string problem = describe(given);
+  pool.shape = reduce.shape = shape;
+  if (pool.q_mean != nullptr || pool.k_sum != nullptr || pool.v_amax_partial != nullptr) {
+    check_launch(launch_pool(pool, given.dtype, given.head_dim), "pool", problem);
+  }
+  check_launch(launch_reduce(reduce, given.head_dim), "reduce", problem);
+}
+
+// Pooled means to block lists.
+void run_router(const Shape& shape, const sla2_shape& given, const sla2_router& router, const RouteBuffers& buffers,
+                const float* k_sum, const float* k_mean, const sla2_block_lists& lists, float* all_scores,
+                cudaStream_t stream) {
+  const NvtxRange range("sla2.route");
+  const std::string problem = describe(given);
+  const ProjectParams project = {shape,         buffers.q_mean, k_sum,
+                                 k_mean,        router.proj_q,  router.proj_k,
+                                 router.proj_stride_head, buffers.q_proj, buffers.k_proj, stream};
+  check_launch(launch_project(project, given.head_dim), "router_project", problem);
+
+  SelectParams select = {};
+  select.shape = shape;
+  select.q_proj = buffers.q_proj;
+  select.k_proj = buffers.k_proj;
+  select.scores = all_scores != nullptr ? all_scores : buffers.scores;
+  select.pinned_kv = router.pinned_kv;
+  select.num_pinned = router.num_pinned;
+  select.num_kv_blocks = router.num_kv_blocks;
+  select.lut = lists.lut;
+  select.counts = lists.counts;
+  select.stream = stream;
+  for (int bh = 0; bh < shape.num_bh; bh += buffers.heads_per_group) {
+    for (int row = 0; row < shape.num_q_blocks; row += buffers.rows_per_group) {
+      select.bh_begin = bh;
+      select.bh_count = std::min(buffers.heads_per_group, shape.num_bh - bh);
+      select.row_begin = row;
+      select.row_count = std::min(buffers.rows_per_group, shape.num_q_blocks - row);
+      check_launch(launch_score(select, given.head_dim), "router_score", problem);
+      check_launch(launch_select(select), "router_select", problem);
+    }
+  }
+}
+
+// Records and complement states, one group of heads after the other.
+void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers& buffers) {
+  const NvtxRange range("sla2.linear_pre");
+  const std::string problem = describe(p.shape);
+  StateParams state = {};
+  state.shape = shape;
+  state.k = view(p.k);
+  state.v = view(p.v);
+  state.k_mean = buffers.k_mean;
+  state.v_scale = buffers.v_scale;
+  state.records = buffers.records;
+  state.k_scale = buffers.k_scale;
+  state.state = buffers.state;
+  state.quant = sparse_quant(p);
+  state.phi_raw_k = p.phi_raw_k;
+  state.stream = p.stream;
+  ComplementParams complement = {};
+  complement.shape = shape;
+  complement.lut = p.lists.lut;
+  complement.counts = p.lists.counts;
+  complement.max_kv_blocks = p.lists.max_kv_blocks;
+  complement.weights = buffers.weights;
+  complement.state = buffers.state;
+  complement.h = buffers.h;
+  complement.z = buffers.z;
+  complement.stream = p.stream;
+  for (int bh = 0; bh < shape.num_bh; bh += buffers.heads_per_group) {
+    state.bh_begin = complement.bh_begin = bh;
+    state.bh_count = complement.bh_count = std::min(buffers.heads_per_group, shape.num_bh - bh);
+    check_launch(launch_linear_state(state, p.shape.dtype, p.shape.head_dim), "linear_state", problem);
+    if (has_linear(p)) {
+      check_launch(launch_complement_weights(complement), "complement_weights", problem);
+      check_launch(launch_complement(complement, p.shape.head_dim), "complement", problem);
+    }
+  }
+}
+
+void run_attention(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers& buffers) {
+  const NvtxRange range("sla2.attn_fwd");
+  AttnParams attn = {};
+  attn.shape = shape;
+  attn.q = view(p.q);
+  attn.k = view(p.k);
+  attn.v = view(p.v);
+  attn.out = view(p.out);
+  attn.out_sparse = view(p.out_sparse);
+  attn.lse = p.lse;
+  attn.lut = p.lists.lut;
+  attn.counts = p.lists.counts;
+  attn.max_kv_blocks = p.lists.max_kv_blocks;
+  attn.records = buffers.records;
+  attn.k_scale = buffers.k_scale;
+  attn.v_scale = buffers.v_scale;
+  attn.k_mean = buffers.k_mean;
+  attn.h = buffers.h;
+  attn.z = buffers.z;
+  attn.alpha_logit = p.alpha_logit;
+  attn.alpha_stride_head = p.alpha_stride_head;
+  attn.alpha_per_token = p.alpha_per_token;
+  attn.branch = p.branch;
+  attn.softmax_scale = p.softmax_scale;
+  attn.stream = p.stream;
+  check_launch(launch_attn_fwd_sm80(attn, p.shape.dtype, p.shape.head_dim, sparse_quant(p)), "attn_fwd",
+               describe(p.shape));
+}
+
+bool is_empty(const Shape& shape) { return shape.num_bh == 0 || shape.seqlen == 0; }
+
+}  // namespace
+}  // namespace sla2
+
+sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes) {
+  return sla2::guard([&] {
+    sla2::require(params != nullptr && bytes != nullptr, "params or bytes is null");
+    const sla2::Shape shape = sla2::validate_shape(params->shape);
+    sla2::Arena arena(nullptr);
+    if (!sla2::is_empty(shape)) {
+      arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks * params->shape.head_dim);
+      arena.take<float>(static_cast<int64_t>(shape.num_bh) * params->shape.head_dim);
+      sla2::plan_route(arena, shape, params->shape.head_dim, params->scores != nullptr);
+    }
+    *bytes = arena.used();
+  });
+}
+
+sla2_status sla2_route(const sla2_route_params* params) {
+  return sla2::guard([&] {
+    sla2::require(params != nullptr, "params is null");
+    const sla2_route_params& p = *params;
+    sla2::validate_route(p);
+    const sla2::Shape shape = sla2::validate_shape(p.shape);
+    if (sla2::is_empty(shape)) return;
+    sla2::require_support(p.shape.dtype, p.shape.head_dim, SLA2_QUANT_NONE, SLA2_PATH_AUTO);
+    sla2::Arena arena(p.workspace);
+    float* k_sum = arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks * p.shape.head_dim);
+    float* k_mean = arena.take<float>(static_cast<int64_t>(shape.num_bh) * p.shape.head_dim);
+    const sla2::RouteBuffers buffers = sla2::plan_route(arena, shape, p.shape.head_dim, p.scores != nullptr);
+    sla2::require_workspace(arena, p.workspace, p.workspace_bytes);
+
+    sla2::PoolParams pool = {};
+    pool.q = sla2::view(p.q);
+    pool.k = sla2::view(p.k);
+    pool.q_mean = buffers.q_mean;
+    pool.k_sum = k_sum;
+    pool.stream = p.stream;
+    sla2::ReduceParams reduce = {};
+    reduce.k_sum = k_sum;
+    reduce.k_mean = k_mean;
+    reduce.smooth = p.smooth_k;
+    reduce.stream = p.stream;
+    sla2::run_pool(shape, p.shape, pool, reduce);
+    sla2::run_router(shape, p.shape, p.router, buffers, k_sum, k_mean, p.lists, p.scores, p.stream);
+  });
+}
+
+sla2_status sla2_attn_fwd_workspace(const sla2_attn_fwd_params* params, size_t* bytes) {
+  return sla2::guard([&] {
+    sla2::require(params != nullptr && bytes != nullptr, "params or bytes is null");
+    const sla2::Shape shape = sla2::validate_shape(params->shape);
+    sla2::Arena arena(nullptr);
+    if (!sla2::is_empty(shape)) sla2::plan_attn_fwd(arena, shape, *params);
+    *bytes = arena.used();
+  });
+}
+
+sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
+  return sla2::guard([&] {
+    sla2::require(params != nullptr, "params is null");
+    const sla2_attn_fwd_params& p = *params;
+    sla2::validate_attn_fwd(p);
+    const sla2::Shape shape = sla2::validate_shape(p.shape);
+    if (sla2::is_empty(shape)) return;
+    sla2::require_support(p.shape.dtype, p.shape.head_dim, p.quant, p.path);
+    sla2::Arena arena(p.workspace);
+    const sla2::Buffers buffers = sla2::plan_attn_fwd(arena, shape, p);
+    sla2::require_workspace(arena, p.workspace, p.workspace_bytes);
+
+    sla2::PoolParams pool = {};
+    pool.q = sla2::view(p.q);
+    pool.k = sla2::view(p.k);
+    pool.v = sla2::view(p.v);
+    pool.q_mean = buffers.route.q_mean;
+    pool.k_sum = buffers.k_sum;
+    pool.v_amax_partial = buffers.v_amax_partial;
+    pool.stream = p.stream;
+    sla2::ReduceParams reduce = {};
+    reduce.k_sum = buffers.k_sum;
+    reduce.v_amax_partial = buffers.v_amax_partial;
+    reduce.k_mean = buffers.k_mean;
+    reduce.v_scale = buffers.v_scale;
+    reduce.smooth = p.smooth_k;
+    reduce.quant = sla2::sparse_quant(p);
+    reduce.stream = p.stream;
+    sla2::run_pool(shape, p.shape, pool, reduce);
+    if (p.router.proj_q != nullptr) {
+      sla2::run_router(shape, p.shape, p.router, buffers.route, buffers.k_sum, buffers.k_mean, p.lists, nullptr,
+                       p.stream);
+    }
+    if (sla2::has_linear(p) || sla2::sparse_quant(p) != SLA2_QUANT_NONE) sla2::run_linear(shape, p, buffers);
+    sla2::run_attention(shape, p, buffers);
+  });
+}

@@ -1,0 +1,108 @@
+#include "core/validate.h"
+
+#include <cstdint>
+
+#include "core/error.h"
+
+namespace sla2 {
+namespace {
+
+template <typename Params>
+void validate_header(const Params* params) {
+  require(params != nullptr, "params is null");
+  require(params->size == sizeof(Params), "params->size is ", params->size, ", this library expects ", sizeof(Params),
+          ": set size to sizeof the struct and compile against this library's header");
+}
+
+void validate_tensor(const sla2_tensor& tensor, const char* name, const sla2_shape& shape) {
+  require(tensor.data != nullptr, name, ".data is null");
+  require(reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0, name, ".data is not 16-byte aligned");
+  // A stride is used only where its dimension has more than one entry; 8 elements are 16 bytes.
+  const auto check = [&](int64_t stride, int size, const char* dimension) {
+    require(size <= 1 || (stride >= 0 && stride % 8 == 0), name, ".stride_", dimension, " is ", stride,
+            ": allowed are multiples of 8 elements (16 bytes), not negative");
+  };
+  check(tensor.stride_batch, shape.batch, "batch");
+  check(tensor.stride_token, shape.seqlen, "token");
+  check(tensor.stride_head, shape.num_heads, "head");
+}
+
+void validate_router(const sla2_router& router, int num_k_blocks) {
+  require(router.proj_q != nullptr && router.proj_k != nullptr, "router.proj_q or proj_k is null");
+  require(router.num_kv_blocks >= 1 && router.num_kv_blocks <= num_k_blocks, "router.num_kv_blocks is ",
+          router.num_kv_blocks, ": allowed are 1 to T_n = ", num_k_blocks);
+  require(router.num_pinned >= 0 && router.num_pinned <= router.num_kv_blocks, "router.num_pinned is ",
+          router.num_pinned, ": allowed are 0 to num_kv_blocks = ", router.num_kv_blocks);
+  require(router.num_pinned == 0 || router.pinned_kv != nullptr, "router.pinned_kv is null with num_pinned ",
+          router.num_pinned);
+}
+
+void validate_lists(const sla2_block_lists& lists, int num_k_blocks) {
+  require(lists.lut != nullptr && lists.counts != nullptr, "lists.lut or lists.counts is null");
+  require(lists.max_kv_blocks >= 1 && lists.max_kv_blocks <= num_k_blocks, "lists.max_kv_blocks is ",
+          lists.max_kv_blocks, ": allowed are 1 to T_n = ", num_k_blocks);
+}
+
+void validate_choice(int value, int last, const char* name) {
+  require(value >= 0 && value <= last, name, " is ", value, ": allowed are 0 to ", last);
+}
+
+}  // namespace
+
+std::string describe(const sla2_shape& shape) {
+  return concat("B=", shape.batch, " N=", shape.seqlen, " H=", shape.num_heads, " D=", shape.head_dim,
+                shape.dtype == SLA2_BFLOAT16 ? " bfloat16" : " float16");
+}
+
+Shape validate_shape(const sla2_shape& shape) {
+  require(shape.batch >= 0, "shape.batch is ", shape.batch, ": it must not be negative");
+  require(shape.seqlen >= 0 && shape.seqlen <= SLA2_MAX_SEQLEN, "shape.seqlen is ", shape.seqlen,
+          ": allowed are 0 to ", SLA2_MAX_SEQLEN);
+  require(shape.num_heads >= 1, "shape.num_heads is ", shape.num_heads, ": at least 1 is needed");
+  require(shape.head_dim == 64 || shape.head_dim == 128, "shape.head_dim is ", shape.head_dim,
+          ": allowed are 64 and 128");
+  validate_choice(shape.dtype, SLA2_FLOAT16, "shape.dtype");
+  const int num_k_blocks = (shape.seqlen + SLA2_BLOCK_K - 1) / SLA2_BLOCK_K;
+  const int64_t blocks = static_cast<int64_t>(shape.batch) * shape.num_heads * num_k_blocks;
+  require(blocks < INT32_MAX, "batch * heads * T_n is ", blocks, ": at most 2^31 - 2 fit a launch");
+  return {shape.seqlen, shape.num_heads, shape.batch * shape.num_heads,
+          (shape.seqlen + SLA2_BLOCK_Q - 1) / SLA2_BLOCK_Q, num_k_blocks};
+}
+
+void validate_route(const sla2_route_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  if (shape.num_bh == 0 || shape.seqlen == 0) return;
+  validate_tensor(params.q, "q", params.shape);
+  validate_tensor(params.k, "k", params.shape);
+  validate_router(params.router, shape.num_k_blocks);
+  validate_lists(params.lists, shape.num_k_blocks);
+  require(params.lists.max_kv_blocks == params.router.num_kv_blocks, "lists.max_kv_blocks is ",
+          params.lists.max_kv_blocks, " and router.num_kv_blocks ", params.router.num_kv_blocks,
+          ": they must be equal");
+}
+
+void validate_attn_fwd(const sla2_attn_fwd_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  validate_choice(params.quant, SLA2_QUANT_INT8_FP8, "quant");
+  validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
+  validate_choice(params.path, SLA2_PATH_SM90, "path");
+  require(params.softmax_scale > 0.f, "softmax_scale is ", params.softmax_scale, ": it must be positive");
+  if (shape.num_bh == 0 || shape.seqlen == 0) return;
+  validate_tensor(params.q, "q", params.shape);
+  validate_tensor(params.k, "k", params.shape);
+  validate_tensor(params.v, "v", params.shape);
+  validate_tensor(params.out, "out", params.shape);
+  if (params.out_sparse.data != nullptr) validate_tensor(params.out_sparse, "out_sparse", params.shape);
+  validate_lists(params.lists, shape.num_k_blocks);
+  if (params.router.proj_q != nullptr) {
+    validate_router(params.router, shape.num_k_blocks);
+    require(params.lists.max_kv_blocks == params.router.num_kv_blocks, "lists.max_kv_blocks is ",
+            params.lists.max_kv_blocks, " and router.num_kv_blocks ", params.router.num_kv_blocks,
+            ": they must be equal");
+  }
+  require(params.branch != SLA2_BRANCH_BOTH || params.alpha_logit != nullptr, "alpha_logit is null with both branches");
+}
+
+}  // namespace sla2

@@ -1,0 +1,147 @@
+// Arguments of every kernel launcher: plain structs filled by core/forward.cpp. A launcher enqueues on `stream` and
+// returns the launch error.
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <stdint.h>
+
+#include "sla2/sla2.h"
+
+namespace sla2 {
+
+struct Shape {
+  int seqlen, num_heads, num_bh;  // num_bh = batch * heads; "bh" indexes it
+  int num_q_blocks, num_k_blocks;  // T_m, T_n
+};
+
+// (B, N, H, D) view, strides in elements; `row` gives the first element of a token's head.
+struct TensorView {
+  const void* data;
+  int64_t stride_batch, stride_token, stride_head;
+};
+
+// Means and extremes in one read of Q, K (V).
+struct PoolParams {
+  Shape shape;
+  TensorView q, k, v;
+  float* q_mean;         // [BH, T_m, D], null: Q is not read
+  float* k_sum;          // [BH, T_n, D] block sums, null: K is not read
+  float* v_amax_partial;  // [BH, T_m, D] maxima over 128 tokens, null: V is not read
+  cudaStream_t stream;
+};
+
+struct ReduceParams {
+  Shape shape;
+  const float* k_sum;           // [BH, T_n, D] or null
+  const float* v_amax_partial;  // [BH, T_m, D] or null
+  float* k_mean;                // [BH, D]; zeros when smooth is 0
+  float* v_scale;               // [BH, 2, D]: amax / 448 (int8_fp8) or the power of two above amax (int8_fp16),
+                                // then its inverse (448 / amax as such: bf16 inputs tie often, one ulp would show)
+  int smooth;
+  int quant;
+  cudaStream_t stream;
+};
+
+struct ProjectParams {
+  Shape shape;
+  const float* q_mean;  // [BH, T_m, D]
+  const float* k_sum;   // [BH, T_n, D]
+  const float* k_mean;  // [BH, D]
+  const float* proj_q;  // [D, D] or [H, D, D]
+  const float* proj_k;
+  int64_t proj_stride_head;
+  float* q_proj;  // [BH, T_m, D]
+  float* k_proj;  // [BH, T_n, D]
+  cudaStream_t stream;
+};
+
+// Scores and selection for query blocks [row_begin, row_begin + row_count) of heads [bh_begin, bh_begin + bh_count).
+struct SelectParams {
+  Shape shape;
+  int bh_begin, bh_count, row_begin, row_count;
+  const float* q_proj;
+  const float* k_proj;
+  float* scores;         // [bh_count, row_count, T_n]
+  const int* pinned_kv;  // [num_pinned]
+  int num_pinned;
+  int num_kv_blocks;  // K
+  uint16_t* lut;      // [BH, T_m, K]
+  int* counts;        // [BH, T_m]
+  cudaStream_t stream;
+};
+
+// Quantised K/V records and linear-branch states of heads [bh_begin, bh_begin + bh_count), one read of K and V.
+struct StateParams {
+  Shape shape;
+  int bh_begin, bh_count;
+  TensorView k, v;
+  const float* k_mean;   // [BH, D]
+  const float* v_scale;  // [BH, 2, D]
+  void* records;         // [BH, T_n] KvRecord, null when quant is none
+  float* k_scale;        // [BH, T_n]
+  uint16_t* state;       // bf16 [bh_count, T_n, state_elements], null: no linear branch
+  int quant;
+  int phi_raw_k;
+  cudaStream_t stream;
+};
+
+// H = W h and Z = W z with W = 1 - M as bf16, heads [bh_begin, bh_begin + bh_count).
+struct ComplementParams {
+  Shape shape;
+  int bh_begin, bh_count;
+  const uint16_t* lut;  // [BH, T_m, K]
+  const int* counts;    // [BH, T_m]
+  int max_kv_blocks;
+  uint16_t* weights;      // bf16 [bh_count, T_m, padded_blocks(T_n)], scratch
+  const uint16_t* state;  // bf16 [bh_count, T_n, state_elements]
+  uint16_t* h;            // bf16 [BH, T_m, D, D]
+  float* z;               // [BH, T_m, 2, D] high and low part
+  cudaStream_t stream;
+};
+
+#if defined(__CUDACC__)
+#define SLA2_HOST_DEVICE __host__ __device__
+#else
+#define SLA2_HOST_DEVICE
+#endif
+
+// W's rows are padded to whole tiles of the product's depth.
+constexpr int kComplementTileK = 32;
+SLA2_HOST_DEVICE constexpr int padded_blocks(int num_k_blocks) {
+  return (num_k_blocks + kComplementTileK - 1) / kComplementTileK * kComplementTileK;
+}
+
+// Sparse + linear + blend for all query blocks.
+struct AttnParams {
+  Shape shape;
+  TensorView q, k, v;
+  TensorView out, out_sparse;  // out_sparse.data null: not written
+  float* lse;                  // [BH, N] or null
+  const uint16_t* lut;         // [BH, T_m, K]
+  const int* counts;           // [BH, T_m]
+  int max_kv_blocks;
+  const void* records;     // quantised modes
+  const float* k_scale;    // [BH, T_n]
+  const float* v_scale;    // [BH, 2, D]
+  const float* k_mean;     // [BH, D], corrects lse where S is of raw K ("none")
+  const uint16_t* h;       // bf16 [BH, T_m, D, D]
+  const float* z;          // [BH, T_m, 2, D]
+  const float* alpha_logit;
+  int64_t alpha_stride_head;
+  int alpha_per_token;
+  int branch;
+  float softmax_scale;
+  cudaStream_t stream;
+};
+
+cudaError_t launch_pool(const PoolParams&, int dtype, int head_dim);
+cudaError_t launch_reduce(const ReduceParams&, int head_dim);
+cudaError_t launch_project(const ProjectParams&, int head_dim);
+cudaError_t launch_score(const SelectParams&, int head_dim);
+cudaError_t launch_select(const SelectParams&);
+cudaError_t launch_linear_state(const StateParams&, int dtype, int head_dim);
+cudaError_t launch_complement_weights(const ComplementParams&);
+cudaError_t launch_complement(const ComplementParams&, int head_dim);
+cudaError_t launch_attn_fwd_sm80(const AttnParams&, int dtype, int head_dim, int quant);
+
+}  // namespace sla2

@@ -1,0 +1,118 @@
+// Online softmax on the m16n8 accumulator layout (16 rows per tile; a lane holds rows lane/4 and lane/4 + 8, columns
+// 8n + 2 (lane % 4) + {0, 1}), shared by every schedule.
+//
+// The running maximum is kept in log2 units and rounded UP to an integer. Then P differs from exp(S - max) by a power
+// of two: its rounding to e4m3 or fp16 does not depend on the order in which key blocks arrive, rescaling is exact,
+// and the accumulators need it only when the integer grows, which is rare after the first blocks.
+#pragma once
+
+#include "convert.cuh"
+#include "ptx.cuh"
+
+namespace sla2 {
+
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kRowMaxInit = -1e30f;  // finite: exp2(kRowMaxInit - m) is 0, never NaN
+
+template <int kTilesM>
+struct OnlineSoftmax {
+  float row_max[kTilesM][2];
+  float row_sum[kTilesM][2];  // this lane's columns only, until finish()
+
+  __device__ __forceinline__ void init() {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        row_max[m][half] = kRowMaxInit;
+        row_sum[m][half] = 0.f;
+      }
+    }
+  }
+
+  // s: raw scores of one key block; on return 2^(shift + s * scale_log2 - row_max), summed into row_sum. Rescales
+  // `acc` (the output accumulators) when a row's maximum grew in any lane of the warp.
+  template <int kTilesN, int kTilesD>
+  __device__ __forceinline__ void update(float (&s)[kTilesM][kTilesN][4], float scale_log2, float shift,
+                                         float (&acc)[kTilesM][kTilesD][4]) {
+    float grown[kTilesM][2];
+    bool any_grew = false;
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float block_max = s[m][0][2 * half];
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n) {
+          block_max = fmaxf(block_max, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        }
+        block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffffu, block_max, 1));
+        block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffffu, block_max, 2));
+        grown[m][half] = fmaxf(row_max[m][half], ceilf(block_max * scale_log2));
+        any_grew |= grown[m][half] > row_max[m][half];
+      }
+    }
+    if (__any_sync(0xffffffffu, any_grew)) {
+#pragma unroll
+      for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float rescale = exp2_approx(row_max[m][half] - grown[m][half]);
+          row_max[m][half] = grown[m][half];
+          row_sum[m][half] *= rescale;
+#pragma unroll
+          for (int d = 0; d < kTilesD; ++d) {
+            acc[m][d][2 * half] *= rescale;
+            acc[m][d][2 * half + 1] *= rescale;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float offset = shift - row_max[m][half];
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& p = s[m][n][2 * half + e];
+            p = exp2_approx(fmaf(p, scale_log2, offset));
+            sum += p;
+          }
+        }
+        row_sum[m][half] += sum;
+      }
+    }
+  }
+
+  // Row sums over all columns in every lane of a quad.
+  __device__ __forceinline__ void finish() {
+#pragma unroll
+    for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) row_sum[m][half] = lane_sum<4>(row_sum[m][half]);
+    }
+  }
+};
+
+// Columns at and beyond `valid` of a 64-key block never win the maximum and weigh nothing.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void mask_columns(float (&s)[kTilesM][kTilesN][4], int valid) {
+  const int lane_column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      if (8 * n + lane_column + e >= valid) {
+#pragma unroll
+        for (int m = 0; m < kTilesM; ++m) s[m][n][e] = s[m][n][2 + e] = -INFINITY;
+      }
+    }
+  }
+}
+
+}  // namespace sla2

@@ -1,0 +1,233 @@
+// SLA2 forward for one query block, portable tensor-core schedule (mma.sync + cp.async).
+//
+// One CTA: 128 query rows of one head. It walks the block's list of key blocks (S = Q K^T, online softmax, O += P V),
+// then adds the linear branch as one more product on the same accumulators, O = alpha O_s + w H (attn_linear.cuh), so
+// that the blend costs no extra pass, and stores O once.
+#pragma once
+
+#include "../common/softmax.cuh"
+#include "attn_config.cuh"
+#include "attn_linear.cuh"
+#include "attn_sparse.cuh"
+
+namespace sla2 {
+
+// The warp's rows of accumulators to `view`, 16 rows at a time through the warp's own part of `staging`.
+template <class C>
+__device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTilesD][4], const TensorView& view,
+                                           int bh, int num_heads, int row0, int rows, char* staging) {
+  using Element = typename C::Element;
+  constexpr int kChunks = C::kWideRowBytes / 16;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  staging += warp * (C::kQueryBytes / C::kWarps);
+  Element* base = const_cast<Element*>(head_base<Element>(view, bh, num_heads)) + row0 * view.stride_token;
+#pragma unroll
+  for (int m = 0; m < C::kTilesM; ++m) {
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int d = 0; d < C::kTilesD; ++d) {
+        *reinterpret_cast<uint32_t*>(staging + swizzle<C::kWideRowBytes>(8 * half + lane / 4, d) + lane % 4 * 4) =
+            Pair<Element>::from_floats(acc[m][d][2 * half], acc[m][d][2 * half + 1]);
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 16 * kChunks / 32; ++i) {
+      const int item = i * 32 + lane, tile_row = item / kChunks, chunk = item % kChunks;
+      const int row = warp * C::kRowsPerWarp + 16 * m + tile_row;
+      if (row < rows) {
+        *reinterpret_cast<uint4*>(base + row * view.stride_token + chunk * 8) =
+            *reinterpret_cast<const uint4*>(staging + swizzle<C::kWideRowBytes>(tile_row, chunk));
+      }
+    }
+  }
+}
+
+template <typename Element, int kHeadDim, int kQuant>
+__global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThreads, 2)
+    attn_fwd_kernel(const __grid_constant__ AttnParams p) {
+  using C = AttnConfig<Element, kHeadDim, kQuant>;
+  extern __shared__ __align__(128) char smem[];
+  __shared__ float scratch[C::kWarps];
+  __shared__ __align__(16) float z[2 * kHeadDim];
+
+  const int block = blockIdx.x % p.shape.num_q_blocks, bh = blockIdx.x / p.shape.num_q_blocks;
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * C::kRowsPerWarp;
+  const int row0 = block * kBlockQ, rows = min(kBlockQ, p.shape.seqlen - row0);
+  const int num_k_blocks = p.shape.num_k_blocks;
+  const int64_t list = static_cast<int64_t>(bh) * p.shape.num_q_blocks + block;
+  const uint16_t* lut = p.lut + list * p.max_kv_blocks;
+  const int listed = min(p.counts[list], p.max_kv_blocks);
+  const int count = p.branch == SLA2_BRANCH_LINEAR ? 0 : listed;
+  // All blocks listed: no complement, alpha is 1.
+  const bool linear = p.branch == SLA2_BRANCH_LINEAR || (p.branch == SLA2_BRANCH_BOTH && listed < num_k_blocks);
+  const Element* q = head_base<Element>(p.q, bh, p.shape.num_heads) + row0 * p.q.stride_token;
+  const uint32_t q_tile = smem_address(smem), ring = q_tile + C::kQueryBytes;
+
+  // The ring takes the listed key blocks, then the parts of H. Entries of the list that name no block are skipped,
+  // never followed.
+  auto next_listed = [&](int position) {
+    while (position < count && lut[position] >= num_k_blocks) ++position;
+    return position;
+  };
+  int load_position = next_listed(0), load_part = linear ? 0 : C::kPartsH;
+  auto load_next = [&](int stage) {
+    const uint32_t tile = ring + stage * C::kStageBytes;
+    if (load_position < count) {
+      const int j = lut[load_position];
+      if constexpr (C::kInt8) {
+        const int64_t record = static_cast<int64_t>(bh) * num_k_blocks + j;
+        load_image<C::kStageBytes, C::kThreads>(tile, static_cast<const char*>(p.records) + record * C::kStageBytes);
+      } else {
+        const int64_t token = static_cast<int64_t>(j) * kBlockK;
+        const int valid = p.shape.seqlen - j * kBlockK;
+        load_wide_rows<C, kBlockK>(tile, head_base<Element>(p.k, bh, p.shape.num_heads) + token * p.k.stride_token,
+                                   p.k.stride_token, valid);
+        load_wide_rows<C, kBlockK>(tile + C::kKeyBytes,
+                                   head_base<Element>(p.v, bh, p.shape.num_heads) + token * p.v.stride_token,
+                                   p.v.stride_token, valid);
+      }
+      load_position = next_listed(load_position + 1);
+    } else if (load_part < C::kPartsH) {
+      load_h<C>(tile, p.h + list * kHeadDim * kHeadDim, load_part++);
+    }
+    cp_async_commit();
+  };
+
+  // Prologue: Q, Z and the first entries of the ring
+  if constexpr (!C::kInt8) load_wide_rows<C, kBlockQ>(q_tile, q, p.q.stride_token, rows);
+  if (linear && threadIdx.x < 2 * kHeadDim / 4) {
+    cp_async_16(smem_address(z) + threadIdx.x * 16, p.z + list * 2 * kHeadDim + threadIdx.x * 4);
+  }
+#pragma unroll
+  for (int stage = 0; stage < C::kStages - 1; ++stage) load_next(stage);
+  float score_scale = p.softmax_scale * kLog2e;
+  if constexpr (C::kInt8) score_scale *= quantize_query<C>(smem, scratch, q, p.q.stride_token, rows);
+
+  // Sparse branch. P carries a factor 448 in e4m3 (row sums too, so that it cancels).
+  const float shift = C::kE4m3 ? 8.807354922057604f : 0.f;  // log2(448)
+  OnlineSoftmax<C::kTilesM> softmax;
+  softmax.init();
+  float acc[C::kTilesM][C::kTilesD][4] = {};
+  int stage = 0;
+  auto wait_for_stage = [&] {
+    cp_async_wait<C::kStages - 2>();
+    __syncthreads();
+    load_next(stage == 0 ? C::kStages - 1 : stage - 1);
+  };
+  auto release_stage = [&] { stage = stage == C::kStages - 1 ? 0 : stage + 1; };
+  for (int position = next_listed(0); position < count; position = next_listed(position + 1)) {
+    const int j = lut[position];
+    float block_scale = score_scale;
+    if constexpr (C::kInt8) {
+      block_scale *= p.k_scale[static_cast<int64_t>(bh) * num_k_blocks + j];
+      block_scale = max_nan(block_scale, 1e-37f);  // all-zero blocks: keeps -inf * scale from being NaN
+    }
+    wait_for_stage();
+    const uint32_t k_tile = ring + stage * C::kStageBytes;
+    float s[C::kTilesM][C::kTilesN][4];
+    scores<C>(s, q_tile, k_tile);
+    if (p.shape.seqlen - j * kBlockK < kBlockK) mask_columns(s, p.shape.seqlen - j * kBlockK);
+    softmax.update(s, block_scale, shift, acc);
+    accumulate_values<C>(acc, s, k_tile + C::kKeyBytes);
+    release_stage();
+  }
+  softmax.finish();
+
+  // O_s = acc / l, times the channel scales of a quantised V: in this order values near the end of float32's range
+  // do not overflow
+  float inverse_sum[C::kTilesM][2];
+#pragma unroll
+  for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float sum = softmax.row_sum[m][half];
+      inverse_sum[m][half] = sum == 0.f ? 0.f : reciprocal_approx(sum);
+    }
+  }
+#pragma unroll
+  for (int d = 0; d < C::kTilesD; ++d) {
+    float2 scale = make_float2(1.f, 1.f);
+    if constexpr (C::kInt8) {
+      if (count > 0) {
+        const float* v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
+        scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][d][e] *= inverse_sum[m][e / 2] * (e % 2 == 0 ? scale.x : scale.y);
+    }
+  }
+  if (p.out_sparse.data != nullptr) store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem);
+
+  LinearBranch<C> branch(q, p.q.stride_token, rows);
+  // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
+  float correction[C::kTilesM][2] = {};
+  if (linear || (!C::kInt8 && p.lse != nullptr)) {
+    branch.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
+  }
+  if (p.lse != nullptr) {
+#pragma unroll
+    for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + 16 * m + 8 * half + lane / 4;
+        const float sum = softmax.row_sum[m][half];
+        const float lse = (softmax.row_max[m][half] - shift + log2f(sum)) * kLn2;
+        if (lane % 4 == 0 && row < rows) {
+          p.lse[static_cast<int64_t>(bh) * p.shape.seqlen + row0 + row] =
+              sum == 0.f ? -INFINITY : lse - correction[m][half] * p.softmax_scale;
+        }
+      }
+    }
+  }
+
+  // Linear branch: O = alpha O_s + w H. No block listed: alpha is 0.
+  if (linear) {
+    float weight[C::kTilesM][2];
+#pragma unroll
+    for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float alpha = 0.f;
+        if (p.branch == SLA2_BRANCH_BOTH && softmax.row_sum[m][half] != 0.f) {
+          const int row = row0 + min(warp_row + 16 * m + 8 * half + lane / 4, rows - 1);
+          const float logit = p.alpha_logit[bh % p.shape.num_heads * p.alpha_stride_head +
+                                            (p.alpha_per_token ? row : block)];
+          alpha = reciprocal_approx(1.f + exp2_approx(-kLog2e * logit));
+        }
+        weight[m][half] = 1.f - alpha;
+#pragma unroll
+        for (int d = 0; d < C::kTilesD; ++d) {
+          acc[m][d][2 * half] *= alpha;
+          acc[m][d][2 * half + 1] *= alpha;
+        }
+      }
+    }
+#pragma unroll 1
+    for (int part = 0; part < C::kPartsH; ++part) {
+      wait_for_stage();
+      if (part == 0) branch.normalise(z, weight);  // Z has arrived with the first entry of the ring
+      branch.accumulate(acc, ring + stage * C::kStageBytes, part);
+      release_stage();
+    }
+  }
+  store_rows<C>(acc, p.out, bh, p.shape.num_heads, row0, rows, smem);
+}
+
+template <typename Element, int kHeadDim, int kQuant>
+cudaError_t launch_attn_fwd(const AttnParams& p) {
+  using C = AttnConfig<Element, kHeadDim, kQuant>;
+  const auto kernel = attn_fwd_kernel<Element, kHeadDim, kQuant>;
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<p.shape.num_bh * p.shape.num_q_blocks, C::kThreads, C::kSmemBytes, p.stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace sla2

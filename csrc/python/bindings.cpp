@@ -1,0 +1,166 @@
+// The Python module: raw pointers, strides and a stream in, exceptions out. No torch, so one build serves all of them.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "sla2/sla2.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+using ShapeTuple = std::tuple<int, int, int, int, int>;                  // B, N, H, D, dtype
+using TensorTuple = std::tuple<Pointer, int64_t, int64_t, int64_t>;      // data, strides of batch, token, head
+using OptionsTuple = std::tuple<int, int, int, bool, bool, float>;       // quant, branch, path, phi_raw_k, smooth_k, scale
+using AlphaTuple = std::tuple<Pointer, int64_t, bool>;                   // data, stride of head, per token
+using RouterTuple = std::tuple<Pointer, Pointer, int64_t, Pointer, int, int>;
+using ListsTuple = std::tuple<Pointer, Pointer, int>;                    // lut, counts, K
+using WorkspaceTuple = std::tuple<Pointer, size_t>;
+
+void check(sla2_status status) {
+  if (status == SLA2_OK) return;
+  if (status == SLA2_INVALID_ARGUMENT) throw py::value_error(sla2_last_error());
+  throw std::runtime_error(sla2_last_error());
+}
+
+template <typename T>
+T* pointer(Pointer address) {
+  return reinterpret_cast<T*>(address);
+}
+
+sla2_shape to_shape(const ShapeTuple& t) {
+  return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+}
+
+sla2_tensor to_tensor(const TensorTuple& t) {
+  return {pointer<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)};
+}
+
+sla2_router to_router(const RouterTuple& t) {
+  return {pointer<const float>(std::get<0>(t)), pointer<const float>(std::get<1>(t)), std::get<2>(t),
+          pointer<const int32_t>(std::get<3>(t)), std::get<4>(t), std::get<5>(t)};
+}
+
+sla2_block_lists to_lists(const ListsTuple& t) {
+  return {pointer<uint16_t>(std::get<0>(t)), pointer<int32_t>(std::get<1>(t)), std::get<2>(t)};
+}
+
+void set_options(sla2_attn_fwd_params& params, const OptionsTuple& t) {
+  params.quant = std::get<0>(t);
+  params.branch = std::get<1>(t);
+  params.path = std::get<2>(t);
+  params.phi_raw_k = std::get<3>(t);
+  params.smooth_k = std::get<4>(t);
+  params.softmax_scale = std::get<5>(t);
+}
+
+size_t attn_fwd_workspace(const ShapeTuple& shape, const OptionsTuple& options, bool routed, int max_kv_blocks) {
+  static const float kAnyProjection = 0.f;  // only its presence counts
+  sla2_attn_fwd_params params = {};
+  params.size = sizeof(params);
+  params.shape = to_shape(shape);
+  set_options(params, options);
+  params.router.proj_q = routed ? &kAnyProjection : nullptr;
+  params.lists.max_kv_blocks = max_kv_blocks;
+  size_t bytes = 0;
+  check(sla2_attn_fwd_workspace(&params, &bytes));
+  return bytes;
+}
+
+void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const TensorTuple& q, const TensorTuple& k,
+              const TensorTuple& v, const TensorTuple& out, const std::optional<TensorTuple>& out_sparse, Pointer lse,
+              const std::optional<AlphaTuple>& alpha, const std::optional<RouterTuple>& router,
+              const ListsTuple& lists, const WorkspaceTuple& workspace, Pointer stream) {
+  sla2_attn_fwd_params params = {};
+  params.size = sizeof(params);
+  params.shape = to_shape(shape);
+  set_options(params, options);
+  params.q = to_tensor(q);
+  params.k = to_tensor(k);
+  params.v = to_tensor(v);
+  params.out = to_tensor(out);
+  if (out_sparse) params.out_sparse = to_tensor(*out_sparse);
+  params.lse = pointer<float>(lse);
+  if (alpha) {
+    params.alpha_logit = pointer<const float>(std::get<0>(*alpha));
+    params.alpha_stride_head = std::get<1>(*alpha);
+    params.alpha_per_token = std::get<2>(*alpha);
+  }
+  if (router) params.router = to_router(*router);
+  params.lists = to_lists(lists);
+  params.workspace = pointer<void>(std::get<0>(workspace));
+  params.workspace_bytes = std::get<1>(workspace);
+  params.stream = pointer<CUstream_st>(stream);
+  py::gil_scoped_release release;
+  const sla2_status status = sla2_attn_fwd(&params);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
+size_t route_workspace(const ShapeTuple& shape, int max_kv_blocks) {
+  sla2_route_params params = {};
+  params.size = sizeof(params);
+  params.shape = to_shape(shape);
+  params.lists.max_kv_blocks = max_kv_blocks;
+  size_t bytes = 0;
+  check(sla2_route_workspace(&params, &bytes));
+  return bytes;
+}
+
+void route(const ShapeTuple& shape, bool smooth_k, const TensorTuple& q, const TensorTuple& k,
+           const RouterTuple& router, const ListsTuple& lists, Pointer scores, const WorkspaceTuple& workspace,
+           Pointer stream) {
+  sla2_route_params params = {};
+  params.size = sizeof(params);
+  params.shape = to_shape(shape);
+  params.smooth_k = smooth_k;
+  params.q = to_tensor(q);
+  params.k = to_tensor(k);
+  params.router = to_router(router);
+  params.lists = to_lists(lists);
+  params.scores = pointer<float>(scores);
+  params.workspace = pointer<void>(std::get<0>(workspace));
+  params.workspace_bytes = std::get<1>(workspace);
+  params.stream = pointer<CUstream_st>(stream);
+  py::gil_scoped_release release;
+  const sla2_status status = sla2_route(&params);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
+std::optional<std::string> supported(int device, int dtype, int head_dim, int quant, int path) {
+  if (sla2_supported(device, dtype, head_dim, quant, path) == SLA2_OK) return std::nullopt;
+  return sla2_last_error();
+}
+
+int runtime_version() {
+  int version = 0;
+  cudaRuntimeGetVersion(&version);
+  return version;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Raw-pointer interface to libsla2; sla2.ops is its only caller.";
+  m.def("attn_fwd", &attn_fwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("out"), py::arg("out_sparse"), py::arg("lse"), py::arg("alpha"), py::arg("router"),
+        py::arg("lists"), py::arg("workspace"), py::arg("stream"));
+  m.def("attn_fwd_workspace", &attn_fwd_workspace, py::kw_only(), py::arg("shape"), py::arg("options"),
+        py::arg("routed"), py::arg("max_kv_blocks"));
+  m.def("route", &route, py::kw_only(), py::arg("shape"), py::arg("smooth_k"), py::arg("q"), py::arg("k"),
+        py::arg("router"), py::arg("lists"), py::arg("scores"), py::arg("workspace"), py::arg("stream"));
+  m.def("route_workspace", &route_workspace, py::kw_only(), py::arg("shape"), py::arg("max_kv_blocks"));
+  m.def("supported", &supported, py::arg("device"), py::arg("dtype"), py::arg("head_dim"), py::arg("quant"),
+        py::arg("path"), "None, or every reason why the combination cannot run on the device.");
+  m.def("built_archs", &sla2_built_archs);
+  m.def("version", &sla2_version);
+  m.def("runtime_version", &runtime_version);
+}

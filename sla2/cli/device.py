@@ -1,0 +1,139 @@
+"""Choice of the device, and what to record about it with a measurement."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import shutil
+import subprocess
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sla2 import env, ops
+from sla2.cli.errors import CliError
+
+
+def pick_device(name: str | None) -> torch.device:
+    """`name`, or without one the GPU where the kernels run on it, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if env.why_not("cuda") is None else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CliError(f"--device {name}: {error}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise CliError(f"--device {name}: allowed are cpu, cuda and cuda:<index>")
+    reason = env.why_not(device)
+    if reason is not None:
+        raise CliError(f"--device {name}: {reason}")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def use_path(device: torch.device, path: str) -> AbstractContextManager[None]:
+    """Forces the kernels of that path inside the block; on a CPU there is nothing to choose."""
+    if device.type == "cpu" or path == "auto":
+        return nullcontext()
+    return ops.kernel_path(path)
+
+
+def path_in_use(
+    device: torch.device, path: str, dtype: torch.dtype, head_dim: int, quant: str
+) -> str:
+    """Whose kernels a call with these properties runs: "cpu", "portable" or "sm90"."""
+    if device.type == "cpu":
+        return "cpu"
+    if path != "auto":
+        return path
+    from sla2 import _C
+
+    dtypes = {torch.bfloat16: 0, torch.float16: 1}
+    quants = {"none": 0, "int8_fp16": 1, "int8_fp8": 2}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    reason = _C.supported(index, dtypes[dtype], head_dim, quants[quant], 2)
+    return "sm90" if reason is None else "portable"
+
+
+def clear_tf32() -> None:
+    """The reference needs full float32 products; TF32 has 10 bits of mantissa."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def query_gpu(device: torch.device, *fields: str) -> dict[str, str] | None:
+    """Properties as nvidia-smi gives them; None where it is missing or does not know the device."""
+    program = shutil.which("nvidia-smi")
+    if device.type != "cuda" or program is None:
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    which = [f"--id=GPU-{uuid}"] if uuid is not None else []
+    command = [program, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", *which]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    values = [value.strip() for value in done.stdout.partition("\n")[0].split(",")]
+    return dict(zip(fields, values, strict=False))
+
+
+def clocks_mhz(device: torch.device) -> dict[str, int] | None:
+    """Present and highest clocks of the GPU; None where nvidia-smi does not tell."""
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem")
+    values = query_gpu(device, *fields)
+    if values is None or not all(values.get(field, "").isdigit() for field in fields):
+        return None
+    names = ("sm", "mem", "max_sm", "max_mem")
+    return {name: int(values[field]) for name, field in zip(names, fields, strict=True)}
+
+
+def provenance(device: torch.device, commit: str | None) -> dict[str, Any]:
+    """gpu, driver, torch, cuda, commit and date of a measurement."""
+    driver = (query_gpu(device, "driver_version") or {}).get("driver_version")
+    return {
+        "gpu": device_name(device),
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "commit": commit or _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    """The commit the package was built from, or the checkout's present one, "-dirty" if changed."""
+    if env.__git_sha__ != "unknown":
+        return env.__git_sha__
+    git = shutil.which("git")
+    root = Path(__file__).resolve().parents[2]
+    if git is None or not (root / ".git").exists():
+        return "unknown"
+    command = [
+        git,
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,176 @@
+"""Stage 1 as PyTorch operators: attention under the SoftTop-k mask, and its gradients.
+
+`sla2::soft_fwd` and `sla2::soft_bwd` run `sla2.blockwise` on every device. Conventions as in
+`sla2.ops`. Pinned key blocks have the mask 1 and no gradient, so the backward pass need not know
+them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import blockwise
+from .autograd import Grads, keep_needed, no_second_order
+from .checks import check_pinned_range, num_k_blocks, num_q_blocks
+from .ops import (
+    bnhd,
+    check_device,
+    empty_grads,
+    empty_like,
+    in_layout,
+    lse_dtype,
+    new_lse,
+    sizes,
+)
+
+
+def _new_mask(q: Tensor, layout: str) -> Tensor:
+    b, n, h, _ = sizes(q, layout)
+    return q.new_empty((b, h, num_q_blocks(n), num_k_blocks(n)), dtype=lse_dtype(q))
+
+
+def _soft_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    alpha_logit: Tensor,
+    pinned_kv: Tensor | None,
+    num_kv_blocks: int,
+    tau: float,
+    router_score: str,
+    scale: float,
+    smooth_k: bool,
+    phi_input: str,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The attention with the SoftTop-k mask in place of M: out, lse, out_sparse and the mask."""
+    check_device(q)
+    if q.numel() == 0:
+        mask = _new_mask(q, layout).zero_()
+        return empty_like(q), new_lse(q, layout), empty_like(q), mask
+    num_tokens = sizes(q, layout)[1]
+    check_pinned_range(pinned_kv, num_tokens)
+    if pinned_kv is not None and q.device.type == "cuda":
+        # Out of range means ignored there; as an index it would stop the device.
+        pinned_kv = pinned_kv[(pinned_kv >= 0) & (pinned_kv < num_k_blocks(num_tokens))]
+    out, lse, out_sparse, mask = blockwise.soft_fwd(
+        bnhd(q, layout),
+        bnhd(k, layout),
+        bnhd(v, layout),
+        # torch.matmul picks its algorithm by requires_grad; eager and compiled should agree.
+        proj_q.detach(),
+        proj_k.detach(),
+        alpha_logit,
+        num_kv_blocks=num_kv_blocks,
+        pinned_kv=pinned_kv,
+        tau=tau,
+        router_score=router_score,
+        scale=scale,
+        smooth_k=smooth_k,
+        phi_input=phi_input,
+    )
+    return in_layout(out, layout), lse, in_layout(out_sparse, layout), mask
+
+
+def _soft_bwd(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out_sparse: Tensor,
+    lse: Tensor,
+    mask: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    alpha_logit: Tensor,
+    tau: float,
+    router_score: str,
+    scale: float,
+    smooth_k: bool,
+    phi_input: str,
+    layout: str,
+) -> tuple[Tensor, ...]:
+    """Gradients of `soft_fwd` with respect to q, k, v, proj_q, proj_k and alpha_logit."""
+    check_device(q)
+    if q.numel() == 0:
+        projs = (empty_like(x).zero_() for x in (proj_q, proj_k))
+        return *empty_grads(q, k, v), *projs, empty_like(alpha_logit).zero_()
+    dq, dk, dv, *params = blockwise.soft_bwd(
+        bnhd(grad_out, layout),
+        bnhd(q, layout),
+        bnhd(k, layout),
+        bnhd(v, layout),
+        bnhd(out_sparse, layout),
+        lse,
+        mask,
+        proj_q.detach(),
+        proj_k.detach(),
+        alpha_logit,
+        tau=tau,
+        router_score=router_score,
+        scale=scale,
+        smooth_k=smooth_k,
+        phi_input=phi_input,
+    )
+    return *(in_layout(x, layout) for x in (dq, dk, dv)), *params
+
+
+# ---- registration -------------------------------------------------------------------------------
+
+_QKV = "Tensor q, Tensor k, Tensor v"
+_ROUTER = "Tensor? pinned_kv, SymInt num_kv_blocks"
+_OPTIONS = "float tau, str router_score, float scale, bool smooth_k, str phi_input, str layout"
+
+soft_fwd = torch.library.custom_op(
+    "sla2::soft_fwd",
+    _soft_fwd,
+    mutates_args=(),
+    schema=f"({_QKV}, Tensor proj_q, Tensor proj_k, Tensor alpha_logit, {_ROUTER}, {_OPTIONS}) "
+    "-> (Tensor out, Tensor lse, Tensor out_sparse, Tensor mask)",
+)
+soft_bwd = torch.library.custom_op(
+    "sla2::soft_bwd",
+    _soft_bwd,
+    mutates_args=(),
+    schema=f"(Tensor grad_out, {_QKV}, Tensor out_sparse, Tensor lse, Tensor mask, Tensor proj_q, "
+    f"Tensor proj_k, Tensor alpha_logit, {_OPTIONS}) -> (Tensor grad_q, Tensor grad_k, "
+    "Tensor grad_v, Tensor grad_proj_q, Tensor grad_proj_k, Tensor grad_alpha_logit)",
+)
+
+
+@soft_fwd.register_fake
+def _soft_fwd_fake(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    layout = args[12]
+    return empty_like(q), new_lse(q, layout), empty_like(q), _new_mask(q, layout)
+
+
+@soft_bwd.register_fake
+def _soft_bwd_fake(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return *empty_grads(q, k, v), *(empty_like(x) for x in args[3:6])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, proj_q, proj_k, alpha_logit, _, _, *options = inputs
+    _, lse, out_sparse, mask = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse, out_sparse, mask)
+    ctx.save_for_backward(q, k, v, out_sparse, lse, mask, proj_q, proj_k, alpha_logit)
+    ctx.options = tuple(options)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Grads:
+    if grad_out is None:
+        return (None,) * 14
+    grads = torch.ops.sla2.soft_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
+    return keep_needed(ctx, tuple(grads) + (None,) * 8)
+
+
+soft_fwd.register_autograd(_backward, setup_context=_setup)
+soft_bwd.register_autograd(no_second_order)
