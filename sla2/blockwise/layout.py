@@ -16,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 # Elements of the scores of one step, on a CPU per thread. There they should stay in the caches, yet
-# few large steps suffer less from a busy machine: 2^15, 16, ... 21 give 243 237 221 199 195 193 202 ms
+# few large steps suffer less from a busy machine: 2^15, 16, .. 21: 243 237 221 199 195 193 202 ms
 # (2 EPYC cores, B1 H2 N32760 D64, 97 %, float32). A GPU needs enough work per launch.
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 # Elements of q, k and v that are held in the compute type at a time: whole heads, at least one.

@@ -26,8 +26,8 @@ __device__ __forceinline__ int swizzle(int row, int chunk) {
 
 // One record per (head, key block), written once by the quantiser, loaded by plain contiguous copies:
 //   K image  int8 [64 tokens][D], rows swizzled
-//   V image  int8_fp8: e4m3 [D][64 tokens], tokens permuted within each 16 by kTokenOrder so that the accumulators
-//            of Q K^T are the A operand of P V as they stand; int8_fp16: fp16 [64 tokens][D]; rows swizzled
+//   V image  int8_fp8: e4m3 [D][64 tokens], tokens permuted within each 16 so that the accumulators of
+//            Q K^T are the A operand of P V as they stand: bytes 4t..4t+3 hold tokens 2t, 2t+1, 8+2t, 8+2t+1; int8_fp16: fp16 [64 tokens][D]; rows swizzled
 // Tokens past the end are zero.
 template <int kHeadDim, int kValueBytes>
 struct KvRecord {
@@ -35,11 +35,6 @@ struct KvRecord {
   static constexpr int kValueImageBytes = kBlockK * kHeadDim * kValueBytes;
   static constexpr int kBytes = kKeyBytes + kValueImageBytes;
 };
-
-// Token held at byte b of each group of 16: 2t, 2t+1, 8+2t, 8+2t+1 for lane t of a quad.
-__device__ __forceinline__ int token_order(int byte) {
-  return ((byte >> 1) & 1) * 8 + (byte >> 2) * 2 + (byte & 1);
-}
 
 // Linear-branch state of one key block, bf16: h = phi(K_j)^T V_j row-major [D][D], then z = column sums of phi(K_j)
 // as a bf16 pair (high part [D], low part [D]) so that one product gives H and Z to about 16 bits.

@@ -70,6 +70,17 @@ struct SelectParams {
   cudaStream_t stream;
 };
 
+// The caller's lists with everything that names no key block left out.
+struct CompactParams {
+  Shape shape;
+  const uint16_t* lut_in;  // [BH, T_m, K]
+  const int* counts_in;    // [BH, T_m]
+  int max_kv_blocks;
+  uint16_t* lut;
+  int* counts;
+  cudaStream_t stream;
+};
+
 // Quantised K/V records and linear-branch states of heads [bh_begin, bh_begin + bh_count), one read of K and V.
 struct StateParams {
   Shape shape;
@@ -85,14 +96,14 @@ struct StateParams {
   cudaStream_t stream;
 };
 
-// H = W h and Z = W z with W = 1 - M as bf16, heads [bh_begin, bh_begin + bh_count).
+// H = (1 - M) h and Z = (1 - M) z, heads [bh_begin, bh_begin + bh_count).
 struct ComplementParams {
   Shape shape;
   int bh_begin, bh_count;
   const uint16_t* lut;  // [BH, T_m, K]
   const int* counts;    // [BH, T_m]
   int max_kv_blocks;
-  uint16_t* weights;      // bf16 [bh_count, T_m, padded_blocks(T_n)], scratch
+  uint32_t* mask;         // 1 - M as bits, [bh_count, mask_words(T_n), mask_pitch(T_m)], scratch
   const uint16_t* state;  // bf16 [bh_count, T_n, state_elements]
   uint16_t* h;            // bf16 [BH, T_m, D, D]
   float* z;               // [BH, T_m, 2, D] high and low part
@@ -105,11 +116,9 @@ struct ComplementParams {
 #define SLA2_HOST_DEVICE
 #endif
 
-// W's rows are padded to whole tiles of the product's depth.
-constexpr int kComplementTileK = 32;
-SLA2_HOST_DEVICE constexpr int padded_blocks(int num_k_blocks) {
-  return (num_k_blocks + kComplementTileK - 1) / kComplementTileK * kComplementTileK;
-}
+// The complement's bits: one word for 32 key blocks, words of a tile's 128 query blocks side by side.
+SLA2_HOST_DEVICE constexpr int mask_words(int num_k_blocks) { return (num_k_blocks + 31) / 32; }
+SLA2_HOST_DEVICE constexpr int mask_pitch(int num_q_blocks) { return (num_q_blocks + 127) / 128 * 128; }
 
 // Sparse + linear + blend for all query blocks.
 struct AttnParams {
@@ -139,8 +148,9 @@ cudaError_t launch_reduce(const ReduceParams&, int head_dim);
 cudaError_t launch_project(const ProjectParams&, int head_dim);
 cudaError_t launch_score(const SelectParams&, int head_dim);
 cudaError_t launch_select(const SelectParams&);
+cudaError_t launch_compact(const CompactParams&);
 cudaError_t launch_linear_state(const StateParams&, int dtype, int head_dim);
-cudaError_t launch_complement_weights(const ComplementParams&);
+cudaError_t launch_complement_mask(const ComplementParams&);
 cudaError_t launch_complement(const ComplementParams&, int head_dim);
 cudaError_t launch_attn_fwd_sm80(const AttnParams&, int dtype, int head_dim, int quant);
 

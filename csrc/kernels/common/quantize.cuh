@@ -7,13 +7,21 @@
 
 namespace sla2 {
 
-// Eight values to int8 with factor 127 / amax, round to nearest even; |x * factor| <= 127 by construction.
+// Eight values to int8 with factor 127 / amax, round to nearest even; |x * factor| <= 127 by construction. Adding
+// 1.5 * 2^23 rounds to an integer whose low byte is the int8: no conversion instruction, which runs at quarter rate.
 __device__ __forceinline__ uint2 pack_int8x8(const float (&x)[8], float factor) {
-  uint32_t bytes[8];
+  constexpr float kBias = 12582912.f;
+  uint32_t bits[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) bytes[i] = static_cast<uint32_t>(__float2int_rn(x[i] * factor)) & 0xffu;
-  return make_uint2(bytes[0] | bytes[1] << 8 | bytes[2] << 16 | bytes[3] << 24,
-                    bytes[4] | bytes[5] << 8 | bytes[6] << 16 | bytes[7] << 24);
+  for (int i = 0; i < 8; ++i) bits[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], factor), kBias));
+  uint32_t words[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t low = __byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040);
+    const uint32_t high = __byte_perm(bits[4 * i + 2], bits[4 * i + 3], 0x0040);
+    words[i] = __byte_perm(low, high, 0x5410);
+  }
+  return make_uint2(words[0], words[1]);
 }
 
 __device__ __forceinline__ float amax8(const float (&x)[8]) {

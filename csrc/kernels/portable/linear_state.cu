@@ -120,8 +120,7 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
       *reinterpret_cast<uint2*>(record + offset) = pack_int8x8(x, factor);
     }
 
-    // Values: fp16 rows as they are, or e4m3 columns gathered from the shared tile (the barrier in block_max
-    // published it)
+    // Values: fp16 rows as they are, or e4m3 columns from the shared tile (the barrier in block_max published it)
     char* value_record = record + Record::kKeyBytes;
     const float* v_inverse = p.v_scale + (static_cast<int64_t>(bh) * 2 + 1) * kHeadDim;
     if constexpr (kQuant == SLA2_QUANT_INT8_FP16) {
@@ -138,21 +137,23 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
         *reinterpret_cast<uint4*>(value_record + swizzle<kRowBytes>(r, column / 8)) = pack8<__half>(x);
       }
     } else {
-      constexpr int kChunks = kHeadDim * 4;  // 16-token chunks of all channels
+      // ldmatrix.trans hands lane (g, t) tokens 2t, 2t+1 of channel g, and of tokens 8..15 the next register: with
+      // the permutation of KvRecord exactly the four bytes that are its share of the 16-token chunk. One x4 load makes two chunks.
+      const uint32_t tile = smem_address(smem.tiles.value);
+      constexpr int kItems = kHeadDim / 8 * 2;  // eight channels by 32 tokens
 #pragma unroll
-      for (int item = threadIdx.x; item < kChunks; item += kStateThreads) {
-        const int channel = item % kHeadDim, chunk = item / kHeadDim;
+      for (int item = warp; item < kItems; item += kStateThreads / 32) {
+        const int channel0 = item / 2 * 8, chunk0 = item % 2 * 2, channel = channel0 + lane / 4;
+        uint32_t pairs[4];
+        ldmatrix_x4_trans(pairs, tile + swizzle<kRowBytes>(chunk0 * 16 + lane, channel0 / 8));
         const float inverse = v_inverse[channel];
-        float x[16];
 #pragma unroll
-        for (int b = 0; b < 16; ++b) {
-          const int r = chunk * 16 + token_order(b);
-          const char* source = smem.tiles.value + swizzle<kRowBytes>(r, channel / 8) + channel % 8 * 2;
-          x[b] = static_cast<float>(*reinterpret_cast<const Element*>(source)) * inverse;
+        for (int i = 0; i < 2; ++i) {
+          const float2 low = Pair<Element>::to_float2(pairs[2 * i]);
+          const float2 high = Pair<Element>::to_float2(pairs[2 * i + 1]);
+          *reinterpret_cast<uint32_t*>(value_record + swizzle<64>(channel, chunk0 + i) + lane % 4 * 4) =
+              pack_e4m3x4(low.x * inverse, low.y * inverse, high.x * inverse, high.y * inverse);
         }
-        *reinterpret_cast<uint4*>(value_record + swizzle<64>(channel, chunk)) =
-            make_uint4(pack_e4m3x4(x[0], x[1], x[2], x[3]), pack_e4m3x4(x[4], x[5], x[6], x[7]),
-                       pack_e4m3x4(x[8], x[9], x[10], x[11]), pack_e4m3x4(x[12], x[13], x[14], x[15]));
       }
     }
   }

@@ -7,7 +7,7 @@
 namespace sla2 {
 namespace {
 
-constexpr int kProjectRows = 16;
+constexpr int kProjectRows = 32;
 
 // One CTA: kProjectRows pooled rows times one [D, D] projection; thread c owns column c. The first `q_groups` groups
 // of a head are query rows, the others key rows (mean over the block minus the mean over all tokens).
@@ -57,25 +57,40 @@ constexpr int kScoreDepth = 16;
 constexpr int kScoreThreads = 256;
 constexpr int kScorePitch = kScoreTile + 4;  // keeps float4 alignment, spreads the transposed stores over banks
 
-// kScoreTile rows of [D] values, depth [depth, depth + 16), into shared memory as [depth][row].
+// kScoreTile rows of [D] values: a slice of depth 16 from global memory to registers, and from there to shared memory
+// as [depth][row]. Two steps, so that the next slice is on its way while this one is used.
 template <int kHeadDim>
-__device__ __forceinline__ void load_transposed(float (&tile)[kScoreDepth][kScorePitch], const float* x, int rows,
-                                                int depth) {
-  const int d = threadIdx.x % 4 * 4;
+struct ScoreOperand {
+  static constexpr int kRowsPerPass = kScoreThreads / 4;
+  float4 slice[kScoreTile / kRowsPerPass];
+
+  __device__ __forceinline__ void fetch(const float* x, int rows, int depth) {
 #pragma unroll
-  for (int r = threadIdx.x / 4; r < kScoreTile; r += kScoreThreads / 4) {
-    float4 value = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (r < rows) value = *reinterpret_cast<const float4*>(x + static_cast<int64_t>(r) * kHeadDim + depth + d);
-    tile[d][r] = value.x;
-    tile[d + 1][r] = value.y;
-    tile[d + 2][r] = value.z;
-    tile[d + 3][r] = value.w;
+    for (int i = 0; i < kScoreTile / kRowsPerPass; ++i) {
+      const int r = threadIdx.x / 4 + i * kRowsPerPass;
+      slice[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (r < rows) {
+        slice[i] =
+            *reinterpret_cast<const float4*>(x + static_cast<int64_t>(r) * kHeadDim + depth + threadIdx.x % 4 * 4);
+      }
+    }
   }
-}
+  __device__ __forceinline__ void store(float (&tile)[kScoreDepth][kScorePitch]) const {
+    const int d = threadIdx.x % 4 * 4;
+#pragma unroll
+    for (int i = 0; i < kScoreTile / kRowsPerPass; ++i) {
+      const int r = threadIdx.x / 4 + i * kRowsPerPass;
+      tile[d][r] = slice[i].x;
+      tile[d + 1][r] = slice[i].y;
+      tile[d + 2][r] = slice[i].z;
+      tile[d + 3][r] = slice[i].w;
+    }
+  }
+};
 
 // One CTA: a 128 x 128 tile of scores; thread (y, x) owns rows 4y + {0..3, 64..67}, columns 4x + {0..3, 64..67}.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kScoreThreads) score_kernel(const __grid_constant__ SelectParams p) {
+__global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_constant__ SelectParams p) {
   __shared__ __align__(16) float query[kScoreDepth][kScorePitch];
   __shared__ __align__(16) float key[kScoreDepth][kScorePitch];
   const int row_tiles = (p.row_count + kScoreTile - 1) / kScoreTile;
@@ -87,12 +102,19 @@ __global__ void __launch_bounds__(kScoreThreads) score_kernel(const __grid_const
   const float* q = p.q_proj + (head * p.shape.num_q_blocks + p.row_begin + row0) * kHeadDim;
   const float* k = p.k_proj + (head * p.shape.num_k_blocks + column0) * kHeadDim;
 
+  ScoreOperand<kHeadDim> query_slice, key_slice;
+  query_slice.fetch(q, p.row_count - row0, 0);
+  key_slice.fetch(k, p.shape.num_k_blocks - column0, 0);
   float acc[8][8] = {};
   for (int depth = 0; depth < kHeadDim; depth += kScoreDepth) {
     __syncthreads();
-    load_transposed<kHeadDim>(query, q, p.row_count - row0, depth);
-    load_transposed<kHeadDim>(key, k, p.shape.num_k_blocks - column0, depth);
+    query_slice.store(query);
+    key_slice.store(key);
     __syncthreads();
+    if (depth + kScoreDepth < kHeadDim) {
+      query_slice.fetch(q, p.row_count - row0, depth + kScoreDepth);
+      key_slice.fetch(k, p.shape.num_k_blocks - column0, depth + kScoreDepth);
+    }
 #pragma unroll
     for (int d = 0; d < kScoreDepth; ++d) {
       float a[8], b[8];
@@ -214,7 +236,33 @@ __global__ void select_kernel(const __grid_constant__ SelectParams p) {
   if (lane == 0) p.counts[list] = written;
 }
 
+constexpr int kCompactWarps = 4;
+
+// One warp: one list.
+__global__ void __launch_bounds__(kCompactWarps * 32) compact_kernel(const __grid_constant__ CompactParams p) {
+  const int lane = threadIdx.x % 32;
+  const int64_t list = static_cast<int64_t>(blockIdx.x) * kCompactWarps + threadIdx.x / 32;
+  if (list >= static_cast<int64_t>(p.shape.num_bh) * p.shape.num_q_blocks) return;
+  const int count = min(max(p.counts_in[list], 0), p.max_kv_blocks);
+  int written = 0;
+  for (int i0 = 0; i0 < count; i0 += 32) {
+    const int j = i0 + lane < count ? p.lut_in[list * p.max_kv_blocks + i0 + lane] : p.shape.num_k_blocks;
+    const bool valid = j < p.shape.num_k_blocks;
+    const uint32_t mask = __ballot_sync(0xffffffffu, valid);
+    if (valid) p.lut[list * p.max_kv_blocks + written + __popc(mask & ((1u << lane) - 1u))] = static_cast<uint16_t>(j);
+    written += __popc(mask);
+  }
+  if (lane == 0) p.counts[list] = written;
+}
+
 }  // namespace
+
+cudaError_t launch_compact(const CompactParams& p) {
+  const int64_t lists = static_cast<int64_t>(p.shape.num_bh) * p.shape.num_q_blocks;
+  const dim3 grid(static_cast<unsigned>((lists + kCompactWarps - 1) / kCompactWarps));
+  compact_kernel<<<grid, kCompactWarps * 32, 0, p.stream>>>(p);
+  return cudaGetLastError();
+}
 
 cudaError_t launch_project(const ProjectParams& p, int head_dim) {
   const int q_groups = (p.shape.num_q_blocks + kProjectRows - 1) / kProjectRows;

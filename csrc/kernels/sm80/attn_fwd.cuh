@@ -1,8 +1,8 @@
 // SLA2 forward for one query block, portable tensor-core schedule (mma.sync + cp.async).
 //
 // One CTA: 128 query rows of one head. It walks the block's list of key blocks (S = Q K^T, online softmax, O += P V),
-// then adds the linear branch as one more product on the same accumulators, O = alpha O_s + w H (attn_linear.cuh), so
-// that the blend costs no extra pass, and stores O once.
+// then adds the linear branch as one more product on the same accumulators (attn_linear.cuh), so that the blend costs
+// no extra pass, and stores O once.
 #pragma once
 
 #include "../common/softmax.cuh"
@@ -45,6 +45,22 @@ __device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTi
   }
 }
 
+template <class C, typename Factor>
+__device__ __forceinline__ void scale_rows(float (&acc)[C::kTilesM][C::kTilesD][4], Factor factor) {
+#pragma unroll
+  for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float x = factor(m, half);
+#pragma unroll
+      for (int d = 0; d < C::kTilesD; ++d) {
+        acc[m][d][2 * half] *= x;
+        acc[m][d][2 * half + 1] *= x;
+      }
+    }
+  }
+}
+
 template <typename Element, int kHeadDim, int kQuant>
 __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThreads, 2)
     attn_fwd_kernel(const __grid_constant__ AttnParams p) {
@@ -59,25 +75,24 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   const int num_k_blocks = p.shape.num_k_blocks;
   const int64_t list = static_cast<int64_t>(bh) * p.shape.num_q_blocks + block;
   const uint16_t* lut = p.lut + list * p.max_kv_blocks;
-  const int listed = min(p.counts[list], p.max_kv_blocks);
+  const int listed = p.counts[list];
   const int count = p.branch == SLA2_BRANCH_LINEAR ? 0 : listed;
   // All blocks listed: no complement, alpha is 1.
   const bool linear = p.branch == SLA2_BRANCH_LINEAR || (p.branch == SLA2_BRANCH_BOTH && listed < num_k_blocks);
   const Element* q = head_base<Element>(p.q, bh, p.shape.num_heads) + row0 * p.q.stride_token;
   const uint32_t q_tile = smem_address(smem), ring = q_tile + C::kQueryBytes;
 
-  // The ring takes the listed key blocks, then the parts of H. Entries of the list that name no block are skipped,
-  // never followed.
-  auto next_listed = [&](int position) {
-    while (position < count && lut[position] >= num_k_blocks) ++position;
-    return position;
-  };
-  int load_position = next_listed(0), load_part = linear ? 0 : C::kPartsH;
+  // The ring takes the listed key blocks, then the parts of H. What the loop needs of a block besides its bytes travels
+  // in `pending`, read when its copy is issued: the scale of K, negative for a block shorter than 64 tokens.
+  int loaded = 0, load_part = linear ? 0 : C::kPartsH, next_j = count > 0 ? lut[0] : 0;
+  float pending[C::kStages - 1];
   auto load_next = [&](int stage) {
     const uint32_t tile = ring + stage * C::kStageBytes;
-    if (load_position < count) {
-      const int j = lut[load_position];
+    if (loaded < count) {
+      const int j = next_j;
+      float scale = 1.f;
       if constexpr (C::kInt8) {
+        scale = p.k_scale[static_cast<int64_t>(bh) * num_k_blocks + j];
         const int64_t record = static_cast<int64_t>(bh) * num_k_blocks + j;
         load_image<C::kStageBytes, C::kThreads>(tile, static_cast<const char*>(p.records) + record * C::kStageBytes);
       } else {
@@ -89,9 +104,16 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
                                    head_base<Element>(p.v, bh, p.shape.num_heads) + token * p.v.stride_token,
                                    p.v.stride_token, valid);
       }
-      load_position = next_listed(load_position + 1);
+      pending[C::kStages - 2] = p.shape.seqlen - j * kBlockK < kBlockK ? -scale : scale;
+      if (++loaded < count) next_j = lut[loaded];
     } else if (load_part < C::kPartsH) {
       load_h<C>(tile, p.h + list * kHeadDim * kHeadDim, load_part++);
+    }
+    cp_async_commit();
+  };
+  auto load_next_part = [&](int stage) {  // the same once the list is through
+    if (load_part < C::kPartsH) {
+      load_h<C>(ring + stage * C::kStageBytes, p.h + list * kHeadDim * kHeadDim, load_part++);
     }
     cp_async_commit();
   };
@@ -102,7 +124,11 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     cp_async_16(smem_address(z) + threadIdx.x * 16, p.z + list * 2 * kHeadDim + threadIdx.x * 4);
   }
 #pragma unroll
-  for (int stage = 0; stage < C::kStages - 1; ++stage) load_next(stage);
+  for (int stage = 0; stage < C::kStages - 1; ++stage) {
+#pragma unroll
+    for (int i = 0; i + 1 < C::kStages - 1; ++i) pending[i] = pending[i + 1];
+    load_next(stage);
+  }
   float score_scale = p.softmax_scale * kLog2e;
   if constexpr (C::kInt8) score_scale *= quantize_query<C>(smem, scratch, q, p.q.stride_token, rows);
 
@@ -115,61 +141,36 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   auto wait_for_stage = [&] {
     cp_async_wait<C::kStages - 2>();
     __syncthreads();
-    load_next(stage == 0 ? C::kStages - 1 : stage - 1);
   };
+  auto free_stage = [&] { return stage == 0 ? C::kStages - 1 : stage - 1; };  // all warps are done with it now
   auto release_stage = [&] { stage = stage == C::kStages - 1 ? 0 : stage + 1; };
-  for (int position = next_listed(0); position < count; position = next_listed(position + 1)) {
-    const int j = lut[position];
+  for (int position = 0; position < count; ++position) {
+    const bool is_short = __float_as_int(pending[0]) < 0;
     float block_scale = score_scale;
     if constexpr (C::kInt8) {
-      block_scale *= p.k_scale[static_cast<int64_t>(bh) * num_k_blocks + j];
-      block_scale = max_nan(block_scale, 1e-37f);  // all-zero blocks: keeps -inf * scale from being NaN
+      // The floor keeps -inf * scale from being NaN in all-zero blocks.
+      block_scale = max_nan(block_scale * fabsf(pending[0]), 1e-37f);
     }
+#pragma unroll
+    for (int i = 0; i + 1 < C::kStages - 1; ++i) pending[i] = pending[i + 1];
     wait_for_stage();
+    load_next(free_stage());
     const uint32_t k_tile = ring + stage * C::kStageBytes;
     float s[C::kTilesM][C::kTilesN][4];
     scores<C>(s, q_tile, k_tile);
-    if (p.shape.seqlen - j * kBlockK < kBlockK) mask_columns(s, p.shape.seqlen - j * kBlockK);
+    if (is_short) mask_columns(s, p.shape.seqlen % kBlockK);
     softmax.update(s, block_scale, shift, acc);
     accumulate_values<C>(acc, s, k_tile + C::kKeyBytes);
     release_stage();
   }
+  LinearBranch<C> branch;
+  const bool needs_query = linear || (!C::kInt8 && p.lse != nullptr);
+  if (needs_query) branch.load(q, p.q.stride_token, rows);
   softmax.finish();
 
-  // O_s = acc / l, times the channel scales of a quantised V: in this order values near the end of float32's range
-  // do not overflow
-  float inverse_sum[C::kTilesM][2];
-#pragma unroll
-  for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = softmax.row_sum[m][half];
-      inverse_sum[m][half] = sum == 0.f ? 0.f : reciprocal_approx(sum);
-    }
-  }
-#pragma unroll
-  for (int d = 0; d < C::kTilesD; ++d) {
-    float2 scale = make_float2(1.f, 1.f);
-    if constexpr (C::kInt8) {
-      if (count > 0) {
-        const float* v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
-        scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) acc[m][d][e] *= inverse_sum[m][e / 2] * (e % 2 == 0 ? scale.x : scale.y);
-    }
-  }
-  if (p.out_sparse.data != nullptr) store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem);
-
-  LinearBranch<C> branch(q, p.q.stride_token, rows);
   // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
   float correction[C::kTilesM][2] = {};
-  if (linear || (!C::kInt8 && p.lse != nullptr)) {
-    branch.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
-  }
+  if (needs_query) branch.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
   if (p.lse != nullptr) {
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
@@ -186,9 +187,13 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     }
   }
 
-  // Linear branch: O = alpha O_s + w H. No block listed: alpha is 0.
+  // Row factors: acc becomes O_s alpha / f before the linear branch is added, and f times that is the output. Without
+  // a linear branch both are 1; with no block listed alpha is 0.
+  float alpha_over_f[C::kTilesM][2], f[C::kTilesM][2];
   if (linear) {
-    float weight[C::kTilesM][2];
+    wait_for_stage();  // Z came with the ring's first entry
+    float denominator[C::kTilesM][2];
+    branch.exponentiate(z, denominator);
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
@@ -200,21 +205,59 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
                                             (p.alpha_per_token ? row : block)];
           alpha = reciprocal_approx(1.f + exp2_approx(-kLog2e * logit));
         }
-        weight[m][half] = 1.f - alpha;
+        // Floors: a saturated alpha leaves f positive (its share of the output is below one float32 ulp), and an
+        // empty complement has H = 0, where 0 / 0 must give 0.
+        const float rest = max_nan(1.f - alpha, 5.9604645e-8f);
+        const float total = max_nan(denominator[m][half], 1.17549435e-38f);
+        f[m][half] = rest * reciprocal_approx(total);
+        alpha_over_f[m][half] = alpha * total * reciprocal_approx(rest);
+      }
+    }
+  } else {
 #pragma unroll
-        for (int d = 0; d < C::kTilesD; ++d) {
-          acc[m][d][2 * half] *= alpha;
-          acc[m][d][2 * half + 1] *= alpha;
+    for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) alpha_over_f[m][half] = f[m][half] = 1.f;
+    }
+  }
+
+  // O_s = acc / l, times the channel scales of a quantised V: in this order values near the end of float32's range
+  // do not overflow
+  const bool save = p.out_sparse.data != nullptr;
+  scale_rows<C>(acc, [&](int m, int half) {
+    const float sum = softmax.row_sum[m][half];
+    const float inverse = sum == 0.f ? 0.f : reciprocal_approx(sum);
+    return save ? inverse : inverse * alpha_over_f[m][half];
+  });
+  if constexpr (C::kInt8) {
+    if (count > 0) {
+      const float* v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
+#pragma unroll
+      for (int d = 0; d < C::kTilesD; ++d) {
+        const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
+#pragma unroll
+        for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[m][d][e] *= e % 2 == 0 ? scale.x : scale.y;
         }
       }
     }
+  }
+  if (save) {
+    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem);
+    scale_rows<C>(acc, [&](int m, int half) { return alpha_over_f[m][half]; });
+  }
+
+  // Linear branch
+  if (linear) {
 #pragma unroll 1
     for (int part = 0; part < C::kPartsH; ++part) {
-      wait_for_stage();
-      if (part == 0) branch.normalise(z, weight);  // Z has arrived with the first entry of the ring
-      branch.accumulate(acc, ring + stage * C::kStageBytes, part);
+      if (part > 0) wait_for_stage();
+      load_next_part(free_stage());
+      branch.accumulate(acc, ring + stage * C::kStageBytes);
       release_stage();
     }
+    scale_rows<C>(acc, [&](int m, int half) { return f[m][half]; });
   }
   store_rows<C>(acc, p.out, bh, p.shape.num_heads, row0, rows, smem);
 }

@@ -49,11 +49,7 @@ __device__ __forceinline__ float quantize_query(char* tile, float* scratch, cons
   }
   float amax = 0.f;
 #pragma unroll
-  for (int i = 0; i < kPasses; ++i) {
-    float x[8];
-    unpack8<typename C::Element>(packed[i], x);
-    amax = max_nan(amax, amax8(x));
-  }
+  for (int i = 0; i < kPasses; ++i) amax = max_nan(amax, amax8<typename C::Element>(packed[i]));
   amax = max_nan(block_max<C::kThreads>(amax, scratch), kQuantEps);
   const float factor = __fdiv_rn(kInt8Max, amax);
 #pragma unroll

@@ -1,5 +1,5 @@
-// The linear branch's complement as one matrix product per head: H = W h, Z = W z with W = 1 - M (method step 6).
-// 2 T_m T_n (D^2 + 2D) operations whatever the sparsity, exact, no cancellation; real weights work unchanged.
+// The linear branch's complement as one matrix product per head: H = (1 - M) h, Z = (1 - M) z (method step 6).
+// 2 T_m T_n (D^2 + 2D) operations whatever the sparsity, exact, no cancellation.
 // Heads go through in groups whose states stay in L2 between their production and this product.
 #include "../common/convert.cuh"
 #include "../common/layout.cuh"
@@ -9,106 +9,114 @@
 namespace sla2 {
 namespace {
 
-constexpr int kWeightThreads = 128;
+constexpr int kMaskThreads = 128;
 
-// One CTA: one row of W, bf16 1 outside the list and 0 on it; columns past T_n are zero.
-__global__ void __launch_bounds__(kWeightThreads) weights_kernel(const __grid_constant__ ComplementParams p) {
-  extern __shared__ uint32_t listed[];  // one bit per key block
-  const int padded = padded_blocks(p.shape.num_k_blocks);
+// Bit of key block j in its 32-block word: even blocks in the low half, odd ones in the high half, so that one shift
+// and one AND make a bf16 pair of the two blocks that share an A register.
+__device__ __forceinline__ int mask_bit(int j) { return j % 32 / 2 + j % 2 * 16; }
+
+// One CTA: one row of the complement 1 - M as bits, 1 outside the list; bits past T_n are zero.
+__global__ void __launch_bounds__(kMaskThreads) complement_mask_kernel(const __grid_constant__ ComplementParams p) {
+  extern __shared__ uint32_t words[];
+  const int num_words = mask_words(p.shape.num_k_blocks), pitch = mask_pitch(p.shape.num_q_blocks);
   const int64_t local_row = blockIdx.x;
+  uint32_t* mask = p.mask + local_row / p.shape.num_q_blocks * num_words * pitch + local_row % p.shape.num_q_blocks;
   const int64_t list = static_cast<int64_t>(p.bh_begin) * p.shape.num_q_blocks + local_row;
-  for (int i = threadIdx.x; i < padded / 32; i += kWeightThreads) listed[i] = 0u;
+  for (int i = threadIdx.x; i < num_words; i += kMaskThreads) {
+    const int valid = min(32, p.shape.num_k_blocks - 32 * i);
+    words[i] = ((1u << (valid + 1) / 2) - 1u) | ((1u << valid / 2) - 1u) << 16;
+  }
   __syncthreads();
-  const int count = min(p.counts[list], p.max_kv_blocks);
-  for (int i = threadIdx.x; i < count; i += kWeightThreads) {
+  const int count = p.counts[list];
+  for (int i = threadIdx.x; i < count; i += kMaskThreads) {
     const int j = p.lut[list * p.max_kv_blocks + i];
-    if (j < p.shape.num_k_blocks) atomicOr(&listed[j / 32], 1u << (j % 32));
+    atomicAnd(&words[j / 32], ~(1u << mask_bit(j)));
   }
   __syncthreads();
-  constexpr uint32_t kOne = 0x3f80u;  // bf16 1.0
-  for (int i = threadIdx.x; i < padded / 8; i += kWeightThreads) {
-    const int valid = max(0, min(8, p.shape.num_k_blocks - i * 8));
-    const uint32_t keep = ~(listed[i / 4] >> (i % 4 * 8)) & ((1u << valid) - 1u);
-    uint32_t words[4];
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      words[w] = (keep >> (2 * w) & 1u) * kOne | (keep >> (2 * w + 1) & 1u) * (kOne << 16);
-    }
-    reinterpret_cast<uint4*>(p.weights + local_row * padded)[i] = make_uint4(words[0], words[1], words[2], words[3]);
-  }
+  for (int i = threadIdx.x; i < num_words; i += kMaskThreads) mask[static_cast<int64_t>(i) * pitch] = words[i];
 }
 
-// One CTA: a 128 x 128 tile of [H | Z]; key blocks in steps of 32 through a cp.async ring. 128 x 256 tiles, one CTA an
-// SM, move a quarter less through L2 and were slower all the same (H200: 3.47 against 2.88 ms, 40 heads of 75600 tokens).
-constexpr int kTileM = 128, kTileN = 128, kTileK = kComplementTileK;
-#ifndef WN
-#define WN 64
-#endif
-constexpr int kWarpN = WN;
-constexpr int kThreads = kTileM / 64 * (kTileN / kWarpN) * 32;
+// One CTA: a 128 x 128 tile of [H | Z]; 4 warps of 64 x 64; key blocks in steps of 32 through a cp.async ring. The A
+// operand is made in registers from the bit mask: loading it as bf16 doubled the traffic through L2, which bound
+// (5.9 TB/s on an H200). 128 x 256 tiles, one CTA an SM, were slower (3.47 against 2.88 ms, 40 heads of 75600 tokens).
+constexpr int kThreads = 128;
+constexpr int kTileM = 128, kTileN = 128, kTileK = 32;
 constexpr int kStages = 4;
-constexpr int kBytesA = kTileM * kTileK * 2, kBytesB = kTileK * kTileN * 2;  // 8 KiB each
+constexpr int kBytesA = kTileM * 4, kBytesB = kTileK * kTileN * 2;  // one word a row; 8 KiB
+constexpr int kStageBytes = kBytesA + kBytesB;
+static_assert(kStages * kStageBytes >= kTileM * kTileN * 2, "the ring stages the output");
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_constant__ ComplementParams p) {
   extern __shared__ __align__(128) char smem[];
   constexpr int kColumns = state_elements(kHeadDim), kColumnsH = kHeadDim * kHeadDim;
-  static_assert(kColumnsH % kTileN == 0, "tiles do not straddle H and Z");
+  static_assert(kColumns % kTileN == 0 && kColumnsH % kTileN == 0, "tiles do not straddle H and Z");
   const int row_tiles = (p.shape.num_q_blocks + kTileM - 1) / kTileM;
-  constexpr int kColumnTiles = (kColumns + kTileN - 1) / kTileN;
+  constexpr int kColumnTiles = kColumns / kTileN;
   // Row tiles vary fastest: the CTAs that share a column tile of h run together.
   const int row0 = blockIdx.x % row_tiles * kTileM;
   const int column0 = blockIdx.x / row_tiles % kColumnTiles * kTileN;
   const int local_bh = blockIdx.x / (row_tiles * kColumnTiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int padded = padded_blocks(p.shape.num_k_blocks);
-  const uint16_t* weights = p.weights + static_cast<int64_t>(local_bh) * p.shape.num_q_blocks * padded;
+  const int steps = mask_words(p.shape.num_k_blocks);
+  const int pitch = mask_pitch(p.shape.num_q_blocks);
+  const uint32_t* mask = p.mask + static_cast<int64_t>(local_bh) * steps * pitch + row0;
   const uint16_t* state = p.state + static_cast<int64_t>(local_bh) * p.shape.num_k_blocks * kColumns + column0;
   const uint32_t ring = smem_address(smem);
-  constexpr int kChunksB = kTileN / 8;
 
   auto load = [&](int step) {
-    const uint32_t a = ring + step % kStages * (kBytesA + kBytesB), b = a + kBytesA;
-#pragma unroll
-    for (int i = 0; i < kBytesA / 16 / kThreads; ++i) {
-      const int item = i * kThreads + threadIdx.x, r = item / 4, chunk = item % 4;
-      const bool valid = row0 + r < p.shape.num_q_blocks;
-      const uint16_t* source = weights + static_cast<int64_t>(valid ? row0 + r : 0) * padded + step * kTileK + chunk * 8;
-      cp_async_16(a + swizzle<64>(r, chunk), source, valid);
+    const uint32_t a = ring + step % kStages * kStageBytes, b = a + kBytesA;
+    if (threadIdx.x < kTileM / 4) {  // rows past T_m hold anything: their results are not stored
+      cp_async_16(a + threadIdx.x * 16, mask + static_cast<int64_t>(step) * pitch + threadIdx.x * 4);
     }
 #pragma unroll
     for (int i = 0; i < kBytesB / 16 / kThreads; ++i) {
-      const int item = i * kThreads + threadIdx.x, r = item / kChunksB, chunk = item % kChunksB;
-      const bool valid = step * kTileK + r < p.shape.num_k_blocks && column0 + chunk * 8 < kColumns;
+      const int item = i * kThreads + threadIdx.x, r = item / 16, chunk = item % 16;
+      const bool valid = step * kTileK + r < p.shape.num_k_blocks;
       const uint16_t* source = state + (valid ? static_cast<int64_t>(step * kTileK + r) * kColumns + chunk * 8 : 0);
       cp_async_16(b + swizzle<kTileN * 2>(r, chunk), source, valid);
     }
   };
 
-  const int steps = padded / kTileK;
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) {
     if (s < steps) load(s);
     cp_async_commit();
   }
 
-  const int warp_row = warp % (kTileM / 64) * 64, warp_column = warp / (kTileM / 64) * kWarpN;
-  float acc[4][kWarpN / 8][4] = {};
+  const int warp_row = warp % 2 * 64, warp_column = warp / 2 * 64;
+  float acc[4][8][4] = {};
   for (int step = 0; step < steps; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();
     if (step + kStages - 1 < steps) load(step + kStages - 1);
     cp_async_commit();
-    const uint32_t a_tile = ring + step % kStages * (kBytesA + kBytesB), b_tile = a_tile + kBytesA;
+    const char* stage = smem + step % kStages * kStageBytes;
+    const uint32_t b_tile = smem_address(stage) + kBytesA;
+    uint32_t words[4][2];  // this lane's rows, shifted to its first pair of columns
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + 16 * m + 8 * half + lane / 4;
+        words[m][half] = reinterpret_cast<const uint32_t*>(stage)[row] >> (lane % 4);
+      }
+    }
 #pragma unroll
     for (int k = 0; k < kTileK; k += 16) {
       uint32_t a[4][4];
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        ldmatrix_x4(a[m], a_tile + swizzle<64>(warp_row + 16 * m + lane % 16, k / 8 + lane / 16));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          // Columns k + 8 (i / 2) + 2 (lane % 4) + {0, 1}. A set bit becomes 2.0, whose bf16 has a single bit; the
+          // store halves.
+          const int pair = (k + i / 2 * 8) / 2;
+          a[m][i] = (words[m][i % 2] << (14 - pair)) & 0x40004000u;
+        }
       }
 #pragma unroll
-      for (int n = 0; n < kWarpN / 8; n += 2) {
+      for (int n = 0; n < 8; n += 2) {
         uint32_t b[4];
         ldmatrix_x4_trans(b, b_tile + swizzle<kTileN * 2>(k + lane % 16, (warp_column + 8 * n) / 8 + lane / 16));
 #pragma unroll
@@ -120,48 +128,60 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
     }
   }
   cp_async_wait<0>();
+  __syncthreads();
 
-  // Store: bf16 H, float Z. Lanes of a quad write 16 (32) consecutive bytes.
-  const int64_t first = static_cast<int64_t>(p.bh_begin + local_bh) * p.shape.num_q_blocks;
+  // Store: bf16 H through the ring's memory for 16-byte writes, float Z as it is
+  const int64_t first = static_cast<int64_t>(p.bh_begin + local_bh) * p.shape.num_q_blocks + row0;
+  const bool is_h = column0 < kColumnsH;
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row0 + warp_row + 16 * m + lane / 4 + 8 * half;
-      if (row >= p.shape.num_q_blocks) continue;
+      const int row = warp_row + 16 * m + lane / 4 + 8 * half;
 #pragma unroll
-      for (int n = 0; n < kWarpN / 8; ++n) {
-        const int column = column0 + warp_column + 8 * n + lane % 4 * 2;
-        const float x0 = acc[m][n][2 * half], x1 = acc[m][n][2 * half + 1];
-        if (column0 < kColumnsH) {
-          *reinterpret_cast<uint32_t*>(p.h + (first + row) * kColumnsH + column) =
+      for (int n = 0; n < 8; ++n) {
+        const int column = warp_column + 8 * n + lane % 4 * 2;
+        const float x0 = 0.5f * acc[m][n][2 * half], x1 = 0.5f * acc[m][n][2 * half + 1];
+        if (is_h) {
+          *reinterpret_cast<uint32_t*>(smem + swizzle<kTileN * 2>(row, column / 8) + column % 8 * 2) =
               Pair<__nv_bfloat16>::from_floats(x0, x1);
-        } else if (column < kColumns) {
-          *reinterpret_cast<float2*>(p.z + (first + row) * 2 * kHeadDim + column - kColumnsH) = make_float2(x0, x1);
+        } else if (row0 + row < p.shape.num_q_blocks) {
+          *reinterpret_cast<float2*>(p.z + (first + row) * 2 * kHeadDim + column0 + column - kColumnsH) =
+              make_float2(x0, x1);
         }
       }
+    }
+  }
+  __syncthreads();
+  if (!is_h) return;
+#pragma unroll
+  for (int i = 0; i < kTileM * kTileN / 8 / kThreads; ++i) {
+    const int item = i * kThreads + threadIdx.x, row = item / (kTileN / 8), chunk = item % (kTileN / 8);
+    if (row0 + row < p.shape.num_q_blocks) {
+      *reinterpret_cast<uint4*>(p.h + (first + row) * kColumnsH + column0 + chunk * 8) =
+          *reinterpret_cast<const uint4*>(smem + swizzle<kTileN * 2>(row, chunk));
     }
   }
 }
 
 template <int kHeadDim>
 cudaError_t launch(const ComplementParams& p) {
-  constexpr int kBytes = kStages * (kBytesA + kBytesB);
+  constexpr int kBytes = kStages * kStageBytes;
   const cudaError_t status =
       cudaFuncSetAttribute(complement_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const int row_tiles = (p.shape.num_q_blocks + kTileM - 1) / kTileM;
-  const dim3 grid(p.bh_count * row_tiles * ((state_elements(kHeadDim) + kTileN - 1) / kTileN));
+  const dim3 grid(p.bh_count * row_tiles * (state_elements(kHeadDim) / kTileN));
   complement_kernel<kHeadDim><<<grid, kThreads, kBytes, p.stream>>>(p);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_complement_weights(const ComplementParams& p) {
+cudaError_t launch_complement_mask(const ComplementParams& p) {
   const dim3 grid(p.bh_count * p.shape.num_q_blocks);
-  const int bytes = padded_blocks(p.shape.num_k_blocks) / 8;
-  weights_kernel<<<grid, kWeightThreads, bytes, p.stream>>>(p);
+  const int bytes = mask_words(p.shape.num_k_blocks) * static_cast<int>(sizeof(uint32_t));
+  complement_mask_kernel<<<grid, kMaskThreads, bytes, p.stream>>>(p);
   return cudaGetLastError();
 }
 
