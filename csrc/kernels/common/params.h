@@ -117,7 +117,7 @@ struct ComplementParams {
 #endif
 
 // The complement's bits: one word for 32 key blocks, words of a tile's 128 query blocks side by side.
-SLA2_HOST_DEVICE constexpr int mask_words(int num_k_blocks) { return (num_k_blocks + 31) / 32; }
+SLA2_HOST_DEVICE constexpr int mask_words(int num_k_blocks) { return (num_k_blocks + 63) / 64 * 2; }
 SLA2_HOST_DEVICE constexpr int mask_pitch(int num_q_blocks) { return (num_q_blocks + 127) / 128 * 128; }
 
 // Sparse + linear + blend for all query blocks.

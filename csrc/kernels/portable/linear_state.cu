@@ -91,19 +91,20 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
     *reinterpret_cast<uint4*>(smem.tiles.value + swizzle<kRowBytes>(r, column / 8)) = value_bits[i];
   }
 
+  float key[kPasses][8];  // smoothed; zero past the end
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    unpack8<Element>(key_bits[i], key[i]);
+    const bool valid = i * kRowsPerPass + row < tokens;
+#pragma unroll
+    for (int c = 0; c < 8; ++c) key[i][c] = valid ? key[i][c] - mean[c] : 0.f;
+  }
+
   // Keys: int8 record
   if constexpr (kQuant != SLA2_QUANT_NONE) {
     float amax = 0.f;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      float x[8];
-      unpack8<Element>(key_bits[i], x);
-      if (i * kRowsPerPass + row < tokens) {
-#pragma unroll
-        for (int c = 0; c < 8; ++c) x[c] -= mean[c];
-        amax = max_nan(amax, amax8(x));
-      }
-    }
+    for (int i = 0; i < kPasses; ++i) amax = max_nan(amax, amax8(key[i]));
     amax = max_nan(block_max<kStateThreads>(amax, smem.amax), kQuantEps);
     const float factor = kInt8Max / amax;
     const int64_t index = static_cast<int64_t>(bh) * p.shape.num_k_blocks + block;
@@ -111,13 +112,8 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
     if (threadIdx.x == 0) p.k_scale[index] = amax / kInt8Max;
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
-      const int r = i * kRowsPerPass + row;
-      float x[8];
-      unpack8<Element>(key_bits[i], x);
-#pragma unroll
-      for (int c = 0; c < 8; ++c) x[c] = r < tokens ? x[c] - mean[c] : 0.f;
-      const int offset = swizzle<kHeadDim>(r, column / 16) + column % 16;
-      *reinterpret_cast<uint2*>(record + offset) = pack_int8x8(x, factor);
+      const int offset = swizzle<kHeadDim>(i * kRowsPerPass + row, column / 16) + column % 16;
+      *reinterpret_cast<uint2*>(record + offset) = pack_int8x8(key[i], factor);
     }
 
     // Values: fp16 rows as they are, or e4m3 columns from the shared tile (the barrier in block_max published it)
@@ -165,24 +161,22 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     const int r = i * kRowsPerPass + row;
-    float x[8];
-    unpack8<Element>(key_bits[i], x);
-    float row_max = -INFINITY;
+    float (&x)[8] = key[i];
+    if (p.phi_raw_k) unpack8<Element>(key_bits[i], x);
+    float row_max = x[0];
 #pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      if (!p.phi_raw_k) x[c] -= mean[c];
-      row_max = max_nan(row_max, x[c]);
-    }
-    row_max = lane_max<kLanesPerRow>(row_max);
+    for (int c = 1; c < 8; ++c) row_max = max_nan(row_max, x[c]);
+    const float offset = -kLog2e * lane_max<kLanesPerRow>(row_max);
     float sum = 0.f;
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
-      x[c] = exp2_approx((x[c] - row_max) * kLog2e);
+      x[c] = exp2_approx(fmaf(x[c], kLog2e, offset));
       sum += x[c];
     }
-    const float inverse = 1.f / lane_sum<kLanesPerRow>(sum);
+    sum = lane_sum<kLanesPerRow>(sum);
+    const float inverse = r < tokens ? reciprocal_approx(sum) : 0.f;
 #pragma unroll
-    for (int c = 0; c < 8; ++c) x[c] = r < tokens ? x[c] * inverse : 0.f;
+    for (int c = 0; c < 8; ++c) x[c] *= inverse;
     const uint4 packed = pack8<__nv_bfloat16>(x);
     *reinterpret_cast<uint4*>(smem.tiles.phi + swizzle<kRowBytes>(r, column / 8)) = packed;
     unpack8<__nv_bfloat16>(packed, x);

@@ -7,7 +7,7 @@
 namespace sla2 {
 namespace {
 
-constexpr int kProjectRows = 32;
+constexpr int kProjectRows = 16;
 
 // One CTA: kProjectRows pooled rows times one [D, D] projection; thread c owns column c. The first `q_groups` groups
 // of a head are query rows, the others key rows (mean over the block minus the mean over all tokens).

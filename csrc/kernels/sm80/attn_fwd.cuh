@@ -132,8 +132,8 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   float score_scale = p.softmax_scale * kLog2e;
   if constexpr (C::kInt8) score_scale *= quantize_query<C>(smem, scratch, q, p.q.stride_token, rows);
 
-  // Sparse branch. P carries a factor 448 in e4m3 (row sums too, so that it cancels).
-  const float shift = C::kE4m3 ? 8.807354922057604f : 0.f;  // log2(448)
+  // Sparse branch. In e4m3 P carries a factor that puts its upper end at 448 (row sums too, so that it cancels).
+  const float shift = C::kE4m3 ? 8.807354922057604f - kHeadroom : 0.f;  // log2(448) - kHeadroom
   OnlineSoftmax<C::kTilesM> softmax;
   softmax.init();
   float acc[C::kTilesM][C::kTilesD][4] = {};

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kMaskThreads) complement_mask_kernel(const __g
   uint32_t* mask = p.mask + local_row / p.shape.num_q_blocks * num_words * pitch + local_row % p.shape.num_q_blocks;
   const int64_t list = static_cast<int64_t>(p.bh_begin) * p.shape.num_q_blocks + local_row;
   for (int i = threadIdx.x; i < num_words; i += kMaskThreads) {
-    const int valid = min(32, p.shape.num_k_blocks - 32 * i);
+    const int valid = max(0, min(32, p.shape.num_k_blocks - 32 * i));
     words[i] = ((1u << (valid + 1) / 2) - 1u) | ((1u << valid / 2) - 1u) << 16;
   }
   __syncthreads();
@@ -36,13 +36,14 @@ __global__ void __launch_bounds__(kMaskThreads) complement_mask_kernel(const __g
   for (int i = threadIdx.x; i < num_words; i += kMaskThreads) mask[static_cast<int64_t>(i) * pitch] = words[i];
 }
 
-// One CTA: a 128 x 128 tile of [H | Z]; 4 warps of 64 x 64; key blocks in steps of 32 through a cp.async ring. The A
+// One CTA: a 128 x 128 tile of [H | Z]; 4 warps of 64 x 64; key blocks in steps of 64 through a cp.async ring. The A
 // operand is made in registers from the bit mask: loading it as bf16 doubled the traffic through L2, which bound
 // (5.9 TB/s on an H200). 128 x 256 tiles, one CTA an SM, were slower (3.47 against 2.88 ms, 40 heads of 75600 tokens).
 constexpr int kThreads = 128;
-constexpr int kTileM = 128, kTileN = 128, kTileK = 32;
-constexpr int kStages = 4;
-constexpr int kBytesA = kTileM * 4, kBytesB = kTileK * kTileN * 2;  // one word a row; 8 KiB
+constexpr int kTileM = 128, kTileN = 128, kTileK = 64;
+constexpr int kStages = 3;
+constexpr int kWordsK = kTileK / 32;
+constexpr int kBytesA = kTileM * kWordsK * 4, kBytesB = kTileK * kTileN * 2;  // two words a row; 16 KiB
 constexpr int kStageBytes = kBytesA + kBytesB;
 static_assert(kStages * kStageBytes >= kTileM * kTileN * 2, "the ring stages the output");
 
@@ -58,16 +59,17 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
   const int column0 = blockIdx.x / row_tiles % kColumnTiles * kTileN;
   const int local_bh = blockIdx.x / (row_tiles * kColumnTiles);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int steps = mask_words(p.shape.num_k_blocks);
+  const int words_k = mask_words(p.shape.num_k_blocks), steps = words_k / kWordsK;
   const int pitch = mask_pitch(p.shape.num_q_blocks);
-  const uint32_t* mask = p.mask + static_cast<int64_t>(local_bh) * steps * pitch + row0;
+  const uint32_t* mask = p.mask + static_cast<int64_t>(local_bh) * words_k * pitch + row0;
   const uint16_t* state = p.state + static_cast<int64_t>(local_bh) * p.shape.num_k_blocks * kColumns + column0;
   const uint32_t ring = smem_address(smem);
 
   auto load = [&](int step) {
     const uint32_t a = ring + step % kStages * kStageBytes, b = a + kBytesA;
-    if (threadIdx.x < kTileM / 4) {  // rows past T_m hold anything: their results are not stored
-      cp_async_16(a + threadIdx.x * 16, mask + static_cast<int64_t>(step) * pitch + threadIdx.x * 4);
+    if (threadIdx.x < kBytesA / 16) {  // rows past T_m hold anything: their results are not stored
+      const int word = threadIdx.x / (kTileM / 4), row = threadIdx.x % (kTileM / 4) * 4;
+      cp_async_16(a + threadIdx.x * 16, mask + static_cast<int64_t>(step * kWordsK + word) * pitch + row);
     }
 #pragma unroll
     for (int i = 0; i < kBytesB / 16 / kThreads; ++i) {
@@ -93,36 +95,40 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
     cp_async_commit();
     const char* stage = smem + step % kStages * kStageBytes;
     const uint32_t b_tile = smem_address(stage) + kBytesA;
-    uint32_t words[4][2];  // this lane's rows, shifted to its first pair of columns
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 16 * m + 8 * half + lane / 4;
-        words[m][half] = reinterpret_cast<const uint32_t*>(stage)[row] >> (lane % 4);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kTileK; k += 16) {
-      uint32_t a[4][4];
+    for (int word = 0; word < kWordsK; ++word) {
+      uint32_t words[4][2];  // this lane's rows, shifted to its first pair of columns
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          // Columns k + 8 (i / 2) + 2 (lane % 4) + {0, 1}. A set bit becomes 2.0, whose bf16 has a single bit; the
-          // store halves.
-          const int pair = (k + i / 2 * 8) / 2;
-          a[m][i] = (words[m][i % 2] << (14 - pair)) & 0x40004000u;
+        for (int half = 0; half < 2; ++half) {
+          const int row = warp_row + 16 * m + 8 * half + lane / 4;
+          words[m][half] = reinterpret_cast<const uint32_t*>(stage)[word * kTileM + row] >> (lane % 4);
         }
       }
 #pragma unroll
-      for (int n = 0; n < 8; n += 2) {
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, b_tile + swizzle<kTileN * 2>(k + lane % 16, (warp_column + 8 * n) / 8 + lane / 16));
+      for (int k = 0; k < 32; k += 16) {
+        uint32_t a[4][4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
-          mma<__nv_bfloat16>(acc[m][n], a[m], b[0], b[1]);
-          mma<__nv_bfloat16>(acc[m][n + 1], a[m], b[2], b[3]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // Columns k + 8 (i / 2) + 2 (lane % 4) + {0, 1}. A set bit becomes 2.0, whose bf16 has a single bit; the
+            // store halves.
+            const int pair = (k + i / 2 * 8) / 2;
+            a[m][i] = (words[m][i % 2] << (14 - pair)) & 0x40004000u;
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n += 2) {
+          uint32_t b[4];
+          const int row = 32 * word + k + lane % 16;
+          ldmatrix_x4_trans(b, b_tile + swizzle<kTileN * 2>(row, (warp_column + 8 * n) / 8 + lane / 16));
+#pragma unroll
+          for (int m = 0; m < 4; ++m) {
+            mma<__nv_bfloat16>(acc[m][n], a[m], b[0], b[1]);
+            mma<__nv_bfloat16>(acc[m][n + 1], a[m], b[2], b[3]);
+          }
         }
       }
     }
