@@ -12,7 +12,8 @@ namespace {
 void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // not sticky: leave nothing behind for the caller's next check
-  throw Error(SLA2_UNSUPPORTED, concat(what, ": ", cudaGetErrorName(status), " (", cudaGetErrorString(status), ")"));
+  throw Error(SLA2_UNSUPPORTED,
+              concat(what, ": ", cudaGetErrorName(status), " (", cudaGetErrorString(status), ")"));
 }
 
 int attribute(cudaDeviceAttr name, int device) {
@@ -21,8 +22,8 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// The build's best code for a capability: machine code of the same major version that is not newer ("90a" only on
-// exactly 9.0), else PTX of any older version.
+// The build's best code for a capability: machine code of the same major version that is not newer
+// ("90a" only on exactly 9.0), else PTX of any older version.
 int best_code(int capability) {
   int best = 0;
   std::istringstream list(SLA2_CORE_ARCHS);
@@ -30,7 +31,7 @@ int best_code(int capability) {
     const int arch = std::atoi(entry.c_str());
     const bool is_ptx = entry.find("-virtual") != std::string::npos;
     const bool exact = entry.find('a') != std::string::npos && !is_ptx;
-    const bool runs = is_ptx   ? arch <= capability
+    const bool runs = is_ptx  ? arch <= capability
                       : exact ? arch == capability
                               : arch / 10 == capability / 10 && arch <= capability;
     if (runs) best = std::max(best, arch);
@@ -52,12 +53,14 @@ DeviceInfo device_info(int device) {
   return {device, capability, best_code(capability)};
 }
 
-std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_dim, int quant, int path) {
+std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_dim, int quant,
+                                  int path) {
   std::ostringstream reasons;
   if (dtype != SLA2_BFLOAT16 && dtype != SLA2_FLOAT16) {
     reasons << "dtype " << dtype << ": kernels take bfloat16 (0) or float16 (1)\n";
   }
-  if (head_dim != 64 && head_dim != 128) reasons << "head_dim " << head_dim << ": kernels exist for 64 and 128\n";
+  if (head_dim != 64 && head_dim != 128)
+    reasons << "head_dim " << head_dim << ": kernels exist for 64 and 128\n";
   if (quant < SLA2_QUANT_NONE || quant > SLA2_QUANT_INT8_FP8) {
     reasons << "quant " << quant << ": allowed are none (0), int8_fp16 (1) and int8_fp8 (2)\n";
   }
@@ -68,11 +71,13 @@ std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_
   } else if (device.code_arch == 0) {
     reasons << "device " << device.index << " has compute capability " << capability
             << " and this build holds code for " << SLA2_CORE_ARCHS
-            << " only: install a wheel for it, or build with SLA2_CUDA_ARCHS=" << device.capability << "\n";
+            << " only: install a wheel for it, or build with SLA2_CUDA_ARCHS=" << device.capability
+            << "\n";
   } else if (quant == SLA2_QUANT_INT8_FP8 && device.code_arch < 89) {
-    reasons << "quant int8_fp8 needs e4m3 conversions (compute capability 8.9 or newer, and code built for it); device "
-            << device.index << " has " << capability << " and runs this build's sm_" << device.code_arch
-            << " code: use quant int8_fp16\n";
+    reasons << "quant int8_fp8 needs e4m3 conversions (compute capability 8.9 or newer, and code "
+               "built for it); device "
+            << device.index << " has " << capability << " and runs this build's sm_"
+            << device.code_arch << " code: use quant int8_fp16\n";
   }
   if (path == SLA2_PATH_SM90) {
     reasons << "path sm90: this build holds no kernels for it; use auto or portable\n";
@@ -86,7 +91,8 @@ std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_
 
 }  // namespace sla2
 
-sla2_status sla2_supported(int32_t device, int32_t dtype, int32_t head_dim, int32_t quant, int32_t path) {
+sla2_status sla2_supported(int32_t device, int32_t dtype, int32_t head_dim, int32_t quant,
+                           int32_t path) {
   return sla2::guard([&] {
     const std::string reasons =
         sla2::not_supported_reasons(sla2::device_info(device), dtype, head_dim, quant, path);

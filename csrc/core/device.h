@@ -8,13 +8,15 @@ namespace sla2 {
 struct DeviceInfo {
   int index;
   int capability;  // 90 for 9.0
-  int code_arch;   // architecture of the code that runs there (80 on an 8.6 device of a build for 80); 0: none
+  int code_arch;   // architecture of the code that runs there (80 on an 8.6 device of a build for
+                   // 80); 0: none
 };
 
 int current_device();
 DeviceInfo device_info(int device);
 
 // Every reason why the combination cannot run on `device`, one per line; empty when it can.
-std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_dim, int quant, int path);
+std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_dim, int quant,
+                                  int path);
 
 }  // namespace sla2

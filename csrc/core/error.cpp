@@ -9,8 +9,9 @@ void set_last_error(const std::string& message) { last_error = message; }
 
 void check_launch(cudaError_t status, const char* kernel, const std::string& problem) {
   if (status == cudaSuccess) return;
-  throw Error(SLA2_CUDA_ERROR, concat("launch of ", kernel, " failed for ", problem, ": ", cudaGetErrorName(status),
-                                      " (", cudaGetErrorString(status), ")"));
+  throw Error(SLA2_CUDA_ERROR,
+              concat("launch of ", kernel, " failed for ", problem, ": ", cudaGetErrorName(status),
+                     " (", cudaGetErrorString(status), ")"));
 }
 
 }  // namespace sla2

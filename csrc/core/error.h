@@ -1,4 +1,5 @@
-// Errors inside the library are exceptions; guard() turns them into a status and the thread's message at the C border.
+// Errors inside the library are exceptions; guard() turns them into a status and the thread's
+// message at the C border.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,7 +14,8 @@ namespace sla2 {
 
 class Error : public std::runtime_error {
  public:
-  Error(sla2_status status, const std::string& message) : std::runtime_error(message), status_(status) {}
+  Error(sla2_status status, const std::string& message)
+      : std::runtime_error(message), status_(status) {}
   sla2_status status() const { return status_; }
 
  private:

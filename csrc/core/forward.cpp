@@ -1,6 +1,8 @@
-// The forward pipeline: one function per operation of the public header, each a short list of launches.
+// The forward pipeline: one function per operation of the public header, each a short list of
+// launches.
 //
-//   pool -> reduce -> project -> score -> select, or compact -> per group of heads [linear_state -> complement_mask -> complement] -> attn
+//   pool -> reduce -> project -> score -> select, or compact -> per group of heads [linear_state ->
+//   complement_mask -> complement] -> attn
 #include <algorithm>
 #include <cstdint>
 
@@ -16,9 +18,10 @@ namespace {
 
 // Router scores exist for this many bytes of rows at a time.
 constexpr int64_t kScoreGroupBytes = 64 << 20;
-// Linear-branch states exist for a group of heads at a time: a quarter of the inputs' bytes within these limits, so that
-// the workspace stays near the inputs' size. On an H200, 40 heads of 75600 tokens: 15.7 ms with 48 MiB (the states stay
-// in L2, but each launch ends in a partial wave), 15.2 with 100, 15.05 with 160, 14.95 with 320, 14.9 with 640.
+// Linear-branch states exist for a group of heads at a time: a quarter of the inputs' bytes within
+// these limits, so that the workspace stays near the inputs' size. On an H200, 40 heads of 75600
+// tokens: 15.7 ms with 48 MiB (the states stay in L2, but each launch ends in a partial wave), 15.2
+// with 100, 15.05 with 160, 14.95 with 320, 14.9 with 640.
 constexpr int64_t kMinStateGroupBytes = 64 << 20, kMaxStateGroupBytes = 320 << 20;
 
 // Hands out 256-byte aligned pieces of the workspace; with a null base it only counts.
@@ -75,18 +78,21 @@ RouteBuffers plan_route(Arena& arena, const Shape& shape, int head_dim, bool sco
   if (!scores_given) {
     const int64_t row_bytes = static_cast<int64_t>(shape.num_k_blocks) * sizeof(float);
     const int64_t head_bytes = row_bytes * shape.num_q_blocks;
-    buffers.heads_per_group = static_cast<int>(std::clamp<int64_t>(kScoreGroupBytes / head_bytes, 1, shape.num_bh));
+    buffers.heads_per_group =
+        static_cast<int>(std::clamp<int64_t>(kScoreGroupBytes / head_bytes, 1, shape.num_bh));
     buffers.rows_per_group =
         static_cast<int>(std::clamp<int64_t>(kScoreGroupBytes / row_bytes, 1, shape.num_q_blocks));
-    buffers.scores = arena.take<float>(static_cast<int64_t>(buffers.heads_per_group) * buffers.rows_per_group *
-                                       shape.num_k_blocks);
+    buffers.scores = arena.take<float>(static_cast<int64_t>(buffers.heads_per_group) *
+                                       buffers.rows_per_group * shape.num_k_blocks);
   }
   return buffers;
 }
 
 bool has_sparse(const sla2_attn_fwd_params& p) { return p.branch != SLA2_BRANCH_LINEAR; }
 bool has_linear(const sla2_attn_fwd_params& p) { return p.branch != SLA2_BRANCH_SPARSE; }
-int sparse_quant(const sla2_attn_fwd_params& p) { return has_sparse(p) ? p.quant : SLA2_QUANT_NONE; }
+int sparse_quant(const sla2_attn_fwd_params& p) {
+  return has_sparse(p) ? p.quant : SLA2_QUANT_NONE;
+}
 
 Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_params& p) {
   Buffers buffers = {};
@@ -115,11 +121,14 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
     const int64_t state = d * d + 2 * d;
     const int64_t head_bytes = shape.num_k_blocks * state * static_cast<int64_t>(sizeof(uint16_t));
     const int64_t input_bytes = 3 * 2 * static_cast<int64_t>(shape.num_bh) * shape.seqlen * d;
-    const int64_t group_bytes = std::clamp(input_bytes / 4, kMinStateGroupBytes, kMaxStateGroupBytes);
-    buffers.heads_per_group = static_cast<int>(std::clamp<int64_t>(group_bytes / head_bytes, 1, shape.num_bh));
+    const int64_t group_bytes =
+        std::clamp(input_bytes / 4, kMinStateGroupBytes, kMaxStateGroupBytes);
+    buffers.heads_per_group =
+        static_cast<int>(std::clamp<int64_t>(group_bytes / head_bytes, 1, shape.num_bh));
     const int64_t group = buffers.heads_per_group;
     buffers.state = arena.take<uint16_t>(group * shape.num_k_blocks * state);
-    buffers.mask = arena.take<uint32_t>(group * mask_words(shape.num_k_blocks) * mask_pitch(shape.num_q_blocks));
+    buffers.mask = arena.take<uint32_t>(group * mask_words(shape.num_k_blocks) *
+                                        mask_pitch(shape.num_q_blocks));
     buffers.h = arena.take<uint16_t>(q_rows * d * d);
     buffers.z = arena.take<float>(q_rows * 2 * d);
   }
@@ -137,7 +146,8 @@ void require_workspace(const Arena& arena, const void* workspace, size_t bytes) 
 }
 
 void require_support(int dtype, int head_dim, int quant, int path) {
-  const std::string reasons = not_supported_reasons(device_info(current_device()), dtype, head_dim, quant, path);
+  const std::string reasons =
+      not_supported_reasons(device_info(current_device()), dtype, head_dim, quant, path);
   if (!reasons.empty()) throw Error(SLA2_UNSUPPORTED, reasons);
 }
 
@@ -151,14 +161,14 @@ void run_pool(const Shape& shape, const sla2_shape& given, PoolParams pool, Redu
 }
 
 // Pooled means to block lists.
-void run_router(const Shape& shape, const sla2_shape& given, const sla2_router& router, const RouteBuffers& buffers,
-                const float* k_sum, const float* k_mean, const sla2_block_lists& lists, float* all_scores,
-                cudaStream_t stream) {
+void run_router(const Shape& shape, const sla2_shape& given, const sla2_router& router,
+                const RouteBuffers& buffers, const float* k_sum, const float* k_mean,
+                const sla2_block_lists& lists, float* all_scores, cudaStream_t stream) {
   const NvtxRange range("sla2.route");
   const std::string problem = describe(given);
-  const ProjectParams project = {shape,         buffers.q_mean, k_sum,
-                                 k_mean,        router.proj_q,  router.proj_k,
-                                 router.proj_stride_head, buffers.q_proj, buffers.k_proj, stream};
+  const ProjectParams project = {
+      shape,         buffers.q_mean,          k_sum,          k_mean,         router.proj_q,
+      router.proj_k, router.proj_stride_head, buffers.q_proj, buffers.k_proj, stream};
   check_launch(launch_project(project, given.head_dim), "router_project", problem);
 
   SelectParams select = {};
@@ -214,7 +224,8 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
   for (int bh = 0; bh < shape.num_bh; bh += buffers.heads_per_group) {
     state.bh_begin = complement.bh_begin = bh;
     state.bh_count = complement.bh_count = std::min(buffers.heads_per_group, shape.num_bh - bh);
-    check_launch(launch_linear_state(state, p.shape.dtype, p.shape.head_dim), "linear_state", problem);
+    check_launch(launch_linear_state(state, p.shape.dtype, p.shape.head_dim), "linear_state",
+                 problem);
     if (has_linear(p)) {
       check_launch(launch_complement_mask(complement), "complement_mask", problem);
       check_launch(launch_complement(complement, p.shape.head_dim), "complement", problem);
@@ -248,8 +259,8 @@ void run_attention(const Shape& shape, const sla2_attn_fwd_params& p, const Buff
   attn.branch = p.branch;
   attn.softmax_scale = p.softmax_scale;
   attn.stream = p.stream;
-  check_launch(launch_attn_fwd_sm80(attn, p.shape.dtype, p.shape.head_dim, sparse_quant(p)), "attn_fwd",
-               describe(p.shape));
+  check_launch(launch_attn_fwd_sm80(attn, p.shape.dtype, p.shape.head_dim, sparse_quant(p)),
+               "attn_fwd", describe(p.shape));
 }
 
 bool is_empty(const Shape& shape) { return shape.num_bh == 0 || shape.seqlen == 0; }
@@ -263,7 +274,8 @@ sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes)
     const sla2::Shape shape = sla2::validate_shape(params->shape);
     sla2::Arena arena(nullptr);
     if (!sla2::is_empty(shape)) {
-      arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks * params->shape.head_dim);
+      arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks *
+                        params->shape.head_dim);
       arena.take<float>(static_cast<int64_t>(shape.num_bh) * params->shape.head_dim);
       sla2::plan_route(arena, shape, params->shape.head_dim, params->scores != nullptr);
     }
@@ -280,9 +292,11 @@ sla2_status sla2_route(const sla2_route_params* params) {
     if (sla2::is_empty(shape)) return;
     sla2::require_support(p.shape.dtype, p.shape.head_dim, SLA2_QUANT_NONE, SLA2_PATH_AUTO);
     sla2::Arena arena(p.workspace);
-    float* k_sum = arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks * p.shape.head_dim);
+    float* k_sum = arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks *
+                                     p.shape.head_dim);
     float* k_mean = arena.take<float>(static_cast<int64_t>(shape.num_bh) * p.shape.head_dim);
-    const sla2::RouteBuffers buffers = sla2::plan_route(arena, shape, p.shape.head_dim, p.scores != nullptr);
+    const sla2::RouteBuffers buffers =
+        sla2::plan_route(arena, shape, p.shape.head_dim, p.scores != nullptr);
     sla2::require_workspace(arena, p.workspace, p.workspace_bytes);
 
     sla2::PoolParams pool = {};
@@ -342,16 +356,18 @@ sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
     sla2::run_pool(shape, p.shape, pool, reduce);
     sla2_block_lists lists = p.lists;
     if (p.router.proj_q != nullptr) {
-      sla2::run_router(shape, p.shape, p.router, buffers.route, buffers.k_sum, buffers.k_mean, p.lists, nullptr,
-                       p.stream);
+      sla2::run_router(shape, p.shape, p.router, buffers.route, buffers.k_sum, buffers.k_mean,
+                       p.lists, nullptr, p.stream);
     } else {
-      const sla2::CompactParams compact = {shape,       p.lists.lut,    p.lists.counts, p.lists.max_kv_blocks,
-                                           buffers.lut, buffers.counts, p.stream};
+      const sla2::CompactParams compact = {
+          shape,       p.lists.lut,    p.lists.counts, p.lists.max_kv_blocks,
+          buffers.lut, buffers.counts, p.stream};
       sla2::check_launch(sla2::launch_compact(compact), "compact", sla2::describe(p.shape));
       lists.lut = buffers.lut;
       lists.counts = buffers.counts;
     }
-    if (sla2::has_linear(p) || sla2::sparse_quant(p) != SLA2_QUANT_NONE) sla2::run_linear(shape, p, buffers, lists);
+    if (sla2::has_linear(p) || sla2::sparse_quant(p) != SLA2_QUANT_NONE)
+      sla2::run_linear(shape, p, buffers, lists);
     sla2::run_attention(shape, p, buffers, lists);
   });
 }

@@ -1,4 +1,5 @@
-// Ranges named like the operations for nsys, on when the environment variable SLA2_NVTX is 1 (read once).
+// Ranges named like the operations for nsys, on when the environment variable SLA2_NVTX is 1 (read
+// once).
 #pragma once
 
 #include <cstdlib>

@@ -10,17 +10,19 @@ namespace {
 template <typename Params>
 void validate_header(const Params* params) {
   require(params != nullptr, "params is null");
-  require(params->size == sizeof(Params), "params->size is ", params->size, ", this library expects ", sizeof(Params),
+  require(params->size == sizeof(Params), "params->size is ", params->size,
+          ", this library expects ", sizeof(Params),
           ": set size to sizeof the struct and compile against this library's header");
 }
 
 void validate_tensor(const sla2_tensor& tensor, const char* name, const sla2_shape& shape) {
   require(tensor.data != nullptr, name, ".data is null");
-  require(reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0, name, ".data is not 16-byte aligned");
+  require(reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0, name,
+          ".data is not 16-byte aligned");
   // A stride is used only where its dimension has more than one entry; 8 elements are 16 bytes.
   const auto check = [&](int64_t stride, int size, const char* dimension) {
-    require(size <= 1 || (stride >= 0 && stride % 8 == 0), name, ".stride_", dimension, " is ", stride,
-            ": allowed are multiples of 8 elements (16 bytes), not negative");
+    require(size <= 1 || (stride >= 0 && stride % 8 == 0), name, ".stride_", dimension, " is ",
+            stride, ": allowed are multiples of 8 elements (16 bytes), not negative");
   };
   check(tensor.stride_batch, shape.batch, "batch");
   check(tensor.stride_token, shape.seqlen, "token");
@@ -29,18 +31,21 @@ void validate_tensor(const sla2_tensor& tensor, const char* name, const sla2_sha
 
 void validate_router(const sla2_router& router, int num_k_blocks) {
   require(router.proj_q != nullptr && router.proj_k != nullptr, "router.proj_q or proj_k is null");
-  require(router.num_kv_blocks >= 1 && router.num_kv_blocks <= num_k_blocks, "router.num_kv_blocks is ",
-          router.num_kv_blocks, ": allowed are 1 to T_n = ", num_k_blocks);
-  require(router.num_pinned >= 0 && router.num_pinned <= router.num_kv_blocks, "router.num_pinned is ",
-          router.num_pinned, ": allowed are 0 to num_kv_blocks = ", router.num_kv_blocks);
-  require(router.num_pinned == 0 || router.pinned_kv != nullptr, "router.pinned_kv is null with num_pinned ",
-          router.num_pinned);
+  require(router.num_kv_blocks >= 1 && router.num_kv_blocks <= num_k_blocks,
+          "router.num_kv_blocks is ", router.num_kv_blocks,
+          ": allowed are 1 to T_n = ", num_k_blocks);
+  require(router.num_pinned >= 0 && router.num_pinned <= router.num_kv_blocks,
+          "router.num_pinned is ", router.num_pinned,
+          ": allowed are 0 to num_kv_blocks = ", router.num_kv_blocks);
+  require(router.num_pinned == 0 || router.pinned_kv != nullptr,
+          "router.pinned_kv is null with num_pinned ", router.num_pinned);
 }
 
 void validate_lists(const sla2_block_lists& lists, int num_k_blocks) {
   require(lists.lut != nullptr && lists.counts != nullptr, "lists.lut or lists.counts is null");
-  require(lists.max_kv_blocks >= 1 && lists.max_kv_blocks <= num_k_blocks, "lists.max_kv_blocks is ",
-          lists.max_kv_blocks, ": allowed are 1 to T_n = ", num_k_blocks);
+  require(lists.max_kv_blocks >= 1 && lists.max_kv_blocks <= num_k_blocks,
+          "lists.max_kv_blocks is ", lists.max_kv_blocks,
+          ": allowed are 1 to T_n = ", num_k_blocks);
 }
 
 void validate_choice(int value, int last, const char* name) {
@@ -50,8 +55,8 @@ void validate_choice(int value, int last, const char* name) {
 }  // namespace
 
 std::string describe(const sla2_shape& shape) {
-  return concat("B=", shape.batch, " N=", shape.seqlen, " H=", shape.num_heads, " D=", shape.head_dim,
-                shape.dtype == SLA2_BFLOAT16 ? " bfloat16" : " float16");
+  return concat("B=", shape.batch, " N=", shape.seqlen, " H=", shape.num_heads,
+                " D=", shape.head_dim, shape.dtype == SLA2_BFLOAT16 ? " bfloat16" : " float16");
 }
 
 Shape validate_shape(const sla2_shape& shape) {
@@ -88,13 +93,15 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
   validate_choice(params.quant, SLA2_QUANT_INT8_FP8, "quant");
   validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
   validate_choice(params.path, SLA2_PATH_SM90, "path");
-  require(params.softmax_scale > 0.f, "softmax_scale is ", params.softmax_scale, ": it must be positive");
+  require(params.softmax_scale > 0.f, "softmax_scale is ", params.softmax_scale,
+          ": it must be positive");
   if (shape.num_bh == 0 || shape.seqlen == 0) return;
   validate_tensor(params.q, "q", params.shape);
   validate_tensor(params.k, "k", params.shape);
   validate_tensor(params.v, "v", params.shape);
   validate_tensor(params.out, "out", params.shape);
-  if (params.out_sparse.data != nullptr) validate_tensor(params.out_sparse, "out_sparse", params.shape);
+  if (params.out_sparse.data != nullptr)
+    validate_tensor(params.out_sparse, "out_sparse", params.shape);
   validate_lists(params.lists, shape.num_k_blocks);
   if (params.router.proj_q != nullptr) {
     validate_router(params.router, shape.num_k_blocks);
@@ -102,7 +109,8 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
             params.lists.max_kv_blocks, " and router.num_kv_blocks ", params.router.num_kv_blocks,
             ": they must be equal");
   }
-  require(params.branch != SLA2_BRANCH_BOTH || params.alpha_logit != nullptr, "alpha_logit is null with both branches");
+  require(params.branch != SLA2_BRANCH_BOTH || params.alpha_logit != nullptr,
+          "alpha_logit is null with both branches");
 }
 
 }  // namespace sla2

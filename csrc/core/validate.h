@@ -1,4 +1,5 @@
-// Every rule about arguments, once, for all callers (Python checks the same earlier, with its own words).
+// Every rule about arguments, once, for all callers (Python checks the same earlier, with its own
+// words).
 #pragma once
 
 #include <string>

@@ -1,4 +1,5 @@
-// The Python module: raw pointers, strides and a stream in, exceptions out. No torch, so one build serves all of them.
+// The Python module: raw pointers, strides and a stream in, exceptions out. No torch, so one build
+// serves all of them.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,12 +17,14 @@ namespace py = pybind11;
 namespace {
 
 using Pointer = std::uintptr_t;
-using ShapeTuple = std::tuple<int, int, int, int, int>;                  // B, N, H, D, dtype
-using TensorTuple = std::tuple<Pointer, int64_t, int64_t, int64_t>;      // data, strides of batch, token, head
-using OptionsTuple = std::tuple<int, int, int, bool, bool, float>;       // quant, branch, path, phi_raw_k, smooth_k, scale
-using AlphaTuple = std::tuple<Pointer, int64_t, bool>;                   // data, stride of head, per token
+using ShapeTuple = std::tuple<int, int, int, int, int>;  // B, N, H, D, dtype
+using TensorTuple =
+    std::tuple<Pointer, int64_t, int64_t, int64_t>;  // data, strides of batch, token, head
+using OptionsTuple = std::tuple<int, int, int, bool, bool,
+                                float>;  // quant, branch, path, phi_raw_k, smooth_k, scale
+using AlphaTuple = std::tuple<Pointer, int64_t, bool>;  // data, stride of head, per token
 using RouterTuple = std::tuple<Pointer, Pointer, int64_t, Pointer, int, int>;
-using ListsTuple = std::tuple<Pointer, Pointer, int>;                    // lut, counts, K
+using ListsTuple = std::tuple<Pointer, Pointer, int>;  // lut, counts, K
 using WorkspaceTuple = std::tuple<Pointer, size_t>;
 
 void check(sla2_status status) {
@@ -44,8 +47,12 @@ sla2_tensor to_tensor(const TensorTuple& t) {
 }
 
 sla2_router to_router(const RouterTuple& t) {
-  return {pointer<const float>(std::get<0>(t)), pointer<const float>(std::get<1>(t)), std::get<2>(t),
-          pointer<const int32_t>(std::get<3>(t)), std::get<4>(t), std::get<5>(t)};
+  return {pointer<const float>(std::get<0>(t)),
+          pointer<const float>(std::get<1>(t)),
+          std::get<2>(t),
+          pointer<const int32_t>(std::get<3>(t)),
+          std::get<4>(t),
+          std::get<5>(t)};
 }
 
 sla2_block_lists to_lists(const ListsTuple& t) {
@@ -61,7 +68,8 @@ void set_options(sla2_attn_fwd_params& params, const OptionsTuple& t) {
   params.softmax_scale = std::get<5>(t);
 }
 
-size_t attn_fwd_workspace(const ShapeTuple& shape, const OptionsTuple& options, bool routed, int max_kv_blocks) {
+size_t attn_fwd_workspace(const ShapeTuple& shape, const OptionsTuple& options, bool routed,
+                          int max_kv_blocks) {
   static const float kAnyProjection = 0.f;  // only its presence counts
   sla2_attn_fwd_params params = {};
   params.size = sizeof(params);
@@ -74,8 +82,9 @@ size_t attn_fwd_workspace(const ShapeTuple& shape, const OptionsTuple& options, 
   return bytes;
 }
 
-void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const TensorTuple& q, const TensorTuple& k,
-              const TensorTuple& v, const TensorTuple& out, const std::optional<TensorTuple>& out_sparse, Pointer lse,
+void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const TensorTuple& q,
+              const TensorTuple& k, const TensorTuple& v, const TensorTuple& out,
+              const std::optional<TensorTuple>& out_sparse, Pointer lse,
               const std::optional<AlphaTuple>& alpha, const std::optional<RouterTuple>& router,
               const ListsTuple& lists, const WorkspaceTuple& workspace, Pointer stream) {
   sla2_attn_fwd_params params = {};
@@ -115,8 +124,8 @@ size_t route_workspace(const ShapeTuple& shape, int max_kv_blocks) {
 }
 
 void route(const ShapeTuple& shape, bool smooth_k, const TensorTuple& q, const TensorTuple& k,
-           const RouterTuple& router, const ListsTuple& lists, Pointer scores, const WorkspaceTuple& workspace,
-           Pointer stream) {
+           const RouterTuple& router, const ListsTuple& lists, Pointer scores,
+           const WorkspaceTuple& workspace, Pointer stream) {
   sla2_route_params params = {};
   params.size = sizeof(params);
   params.shape = to_shape(shape);
@@ -150,16 +159,20 @@ int runtime_version() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Raw-pointer interface to libsla2; sla2.ops is its only caller.";
-  m.def("attn_fwd", &attn_fwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"), py::arg("k"),
-        py::arg("v"), py::arg("out"), py::arg("out_sparse"), py::arg("lse"), py::arg("alpha"), py::arg("router"),
-        py::arg("lists"), py::arg("workspace"), py::arg("stream"));
-  m.def("attn_fwd_workspace", &attn_fwd_workspace, py::kw_only(), py::arg("shape"), py::arg("options"),
-        py::arg("routed"), py::arg("max_kv_blocks"));
-  m.def("route", &route, py::kw_only(), py::arg("shape"), py::arg("smooth_k"), py::arg("q"), py::arg("k"),
-        py::arg("router"), py::arg("lists"), py::arg("scores"), py::arg("workspace"), py::arg("stream"));
-  m.def("route_workspace", &route_workspace, py::kw_only(), py::arg("shape"), py::arg("max_kv_blocks"));
-  m.def("supported", &supported, py::arg("device"), py::arg("dtype"), py::arg("head_dim"), py::arg("quant"),
-        py::arg("path"), "None, or every reason why the combination cannot run on the device.");
+  m.def("attn_fwd", &attn_fwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"),
+        py::arg("k"), py::arg("v"), py::arg("out"), py::arg("out_sparse"), py::arg("lse"),
+        py::arg("alpha"), py::arg("router"), py::arg("lists"), py::arg("workspace"),
+        py::arg("stream"));
+  m.def("attn_fwd_workspace", &attn_fwd_workspace, py::kw_only(), py::arg("shape"),
+        py::arg("options"), py::arg("routed"), py::arg("max_kv_blocks"));
+  m.def("route", &route, py::kw_only(), py::arg("shape"), py::arg("smooth_k"), py::arg("q"),
+        py::arg("k"), py::arg("router"), py::arg("lists"), py::arg("scores"), py::arg("workspace"),
+        py::arg("stream"));
+  m.def("route_workspace", &route_workspace, py::kw_only(), py::arg("shape"),
+        py::arg("max_kv_blocks"));
+  m.def("supported", &supported, py::arg("device"), py::arg("dtype"), py::arg("head_dim"),
+        py::arg("quant"), py::arg("path"),
+        "None, or every reason why the combination cannot run on the device.");
   m.def("built_archs", &sla2_built_archs);
   m.def("version", &sla2_version);
   m.def("runtime_version", &runtime_version);

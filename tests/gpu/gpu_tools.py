@@ -8,6 +8,7 @@ kernels that are tested.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -209,27 +210,32 @@ def check_lse_by_format(lse: Tensor, emulation: Tensor, plain: Tensor) -> None:
         raise AssertionError(f"lse: max error {max_err(lse, emulation):.3e} > {limit:.3e}")
 
 
-def check_parts(problem: Problem, got: Parts, quant: str = "none") -> None:
+def check_parts(
+    problem: Problem, got: Parts, quant: str = "none", *, apart: int | None = None
+) -> None:
     """The rules of T1 for the unquantised results and of T2q (i) for low-bit ones.
 
-    got: all N rows. Low-bit results need `settled_keys`.
+    got: all N rows. Low-bit results need `settled_keys`. apart: a channel of V so large that its
+    errors would hide those of the others; it is compared alone.
     """
     got = got.rows(problem.rows)
     short = problem.seqlen <= DENSE_SEQLEN
     plain = problem.expected(torch.float64 if short else torch.float32)
     low = problem.low_precision()
-    if got.o_l is not None:
-        assert plain.o_l is not None and low.o_l is not None
-        check_forward(got.o_l, plain.o_l, low.o_l, name="O_l")
     emulation = plain if quant == "none" else problem.expected(torch.float32, quant)
-    for name in ("o_s", "out"):
-        x, exact, yardstick = (getattr(parts, name) for parts in (got, plain, low))
+    every = torch.arange(problem.q.shape[3], device=problem.q.device)
+    groups = {"": every}
+    if apart is not None:
+        groups = {" beside the channel": every[every != apart], " of the channel": every[[apart]]}
+    for (suffix, channels), name in itertools.product(groups.items(), ("o_l", "o_s", "out")):
+        x, exact, yardstick, emulated = (getattr(p, name) for p in (got, plain, low, emulation))
         if x is None:
             continue
-        if quant == "none":
-            check_forward(x, exact, yardstick, name=name)
+        x, exact, yardstick, emulated = (y[..., channels] for y in (x, exact, yardstick, emulated))
+        if quant == "none" or name == "o_l":
+            check_forward(x, exact, yardstick, name=name + suffix)
         else:
-            check_emulation(x, getattr(emulation, name), exact, name=name)
+            check_emulation(x, emulated, exact, name=name + suffix)
     if got.lse is not None:
         assert emulation.lse is not None
         check_lse(got.lse, emulation.lse)

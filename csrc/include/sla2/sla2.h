@@ -1,8 +1,9 @@
 // SLA2 attention: the C interface of libsla2.
 //
-// One plain struct per operation, a status code from every call, no exceptions across the border and no
-// dependency besides the CUDA runtime's header. Set `size` to sizeof(the struct); every field that is not
-// listed as optional must be filled. All work is enqueued on `stream`; nothing synchronises with the host.
+// One plain struct per operation, a status code from every call, no exceptions across the border
+// and no dependency besides the CUDA runtime's header. Set `size` to sizeof(the struct); every
+// field that is not listed as optional must be filled. All work is enqueued on `stream`; nothing
+// synchronises with the host.
 //
 // Notation: B batch, N tokens, H heads, D head_dim (64 or 128), T_m = ceil(N / 128) query blocks,
 // T_n = ceil(N / 64) key blocks, K the width of a block list.
@@ -30,8 +31,10 @@ extern "C" {
 typedef enum sla2_status {
   SLA2_OK = 0,
   SLA2_INVALID_ARGUMENT = 1,  // the message names the field, what was given and what is allowed
-  SLA2_UNSUPPORTED = 2,       // no kernel for this device and combination; the message lists every reason
-  SLA2_CUDA_ERROR = 3,        // a launch failed; the message names the kernel, its grid and the CUDA error
+  SLA2_UNSUPPORTED =
+      2,  // no kernel for this device and combination; the message lists every reason
+  SLA2_CUDA_ERROR =
+      3,  // a launch failed; the message names the kernel, its grid and the CUDA error
 } sla2_status;
 
 typedef enum sla2_dtype { SLA2_BFLOAT16 = 0, SLA2_FLOAT16 = 1 } sla2_dtype;
@@ -54,8 +57,8 @@ typedef enum sla2_path {
   SLA2_PATH_SM90 = 2,      // wgmma + bulk copies, sm_90a
 } sla2_path;
 
-// A (B, N, H, D) tensor: last stride 1, the others free and counted in elements. `data` and the three strides
-// must be multiples of 16 bytes.
+// A (B, N, H, D) tensor: last stride 1, the others free and counted in elements. `data` and the
+// three strides must be multiples of 16 bytes.
 typedef struct sla2_tensor {
   void* data;
   int64_t stride_batch;
@@ -72,31 +75,33 @@ typedef struct sla2_shape {
   int32_t dtype;     // sla2_dtype of q, k, v and out
 } sla2_shape;
 
-// The learned router: P_c = (Q_bar W_q)(K_bar W_k)^T; per query block the num_kv_blocks largest, ties to the
-// lowest index, the pinned key blocks always among them (method: equations 11-13, hard map).
+// The learned router: P_c = (Q_bar W_q)(K_bar W_k)^T; per query block the num_kv_blocks largest,
+// ties to the lowest index, the pinned key blocks always among them (method: equations 11-13, hard
+// map).
 typedef struct sla2_router {
-  const float* proj_q;        // [D, D] or [H, D, D]; null: no routing, the lists are an input
-  const float* proj_k;        // [D, D] or [H, D, D]
-  int64_t proj_stride_head;   // D * D, or 0 when all heads share one projection
-  const int32_t* pinned_kv;   // [num_pinned] distinct key blocks, optional
-  int32_t num_pinned;         // <= num_kv_blocks
-  int32_t num_kv_blocks;      // K, 1..T_n
+  const float* proj_q;       // [D, D] or [H, D, D]; null: no routing, the lists are an input
+  const float* proj_k;       // [D, D] or [H, D, D]
+  int64_t proj_stride_head;  // D * D, or 0 when all heads share one projection
+  const int32_t* pinned_kv;  // [num_pinned] distinct key blocks, optional
+  int32_t num_pinned;        // <= num_kv_blocks
+  int32_t num_kv_blocks;     // K, 1..T_n
 } sla2_router;
 
-// Lists of selected key blocks: ascending, distinct. Entries outside [0, T_n) are ignored by the kernels, never
-// followed.
+// Lists of selected key blocks: ascending, distinct. Entries outside [0, T_n) are ignored by the
+// kernels, never followed.
 typedef struct sla2_block_lists {
-  uint16_t* lut;            // [B, H, T_m, K]
-  int32_t* counts;          // [B, H, T_m], entries used of each list
-  int32_t max_kv_blocks;    // K
+  uint16_t* lut;          // [B, H, T_m, K]
+  int32_t* counts;        // [B, H, T_m], entries used of each list
+  int32_t max_kv_blocks;  // K
 } sla2_block_lists;
 
 typedef struct sla2_route_params {
   size_t size;
   sla2_shape shape;
-  sla2_tensor q;  // [B, N, H, D]
-  sla2_tensor k;  // [B, N, H, D]
-  int32_t smooth_k;  // 1: subtract the mean over tokens from K; the order of the scores is the same either way
+  sla2_tensor q;     // [B, N, H, D]
+  sla2_tensor k;     // [B, N, H, D]
+  int32_t smooth_k;  // 1: subtract the mean over tokens from K; the order of the scores is the same
+                     // either way
   sla2_router router;
   sla2_block_lists lists;  // output
   float* scores;           // [B, H, T_m, T_n] unscaled P_c, optional output
@@ -108,40 +113,43 @@ typedef struct sla2_route_params {
 typedef struct sla2_attn_fwd_params {
   size_t size;
   sla2_shape shape;
-  int32_t quant;         // sla2_quant
-  int32_t branch;        // sla2_branch
-  int32_t path;          // sla2_path
-  int32_t phi_raw_k;     // 1: the feature map of the linear branch sees K as given, not smoothed
-  int32_t smooth_k;      // 1: subtract the mean over tokens from K (method step 1)
-  float softmax_scale;   // usually 1 / sqrt(D)
-  sla2_tensor q;         // [B, N, H, D]
-  sla2_tensor k;         // [B, N, H, D]
-  sla2_tensor v;         // [B, N, H, D]
-  sla2_tensor out;       // [B, N, H, D]
-  sla2_tensor out_sparse;  // [B, N, H, D], optional: the sparse branch alone, saved for the backward pass
-  float* lse;              // [B, H, N], optional: log-sum-exp of the sparse branch's logits, natural log,
-                           // of smoothed K; -inf for a row without any listed block
-  const float* alpha_logit;      // alpha = sigmoid(.), read at [head * alpha_stride_head + block or token];
-                                 // may be null when branch is not BOTH
-  int64_t alpha_stride_head;     // T_m or N, or 0 when all heads share it
-  int32_t alpha_per_token;       // 0: one value per query block, 1: one per token
-  sla2_router router;            // proj_q null: `lists` is an input; otherwise it is an output
+  int32_t quant;        // sla2_quant
+  int32_t branch;       // sla2_branch
+  int32_t path;         // sla2_path
+  int32_t phi_raw_k;    // 1: the feature map of the linear branch sees K as given, not smoothed
+  int32_t smooth_k;     // 1: subtract the mean over tokens from K (method step 1)
+  float softmax_scale;  // usually 1 / sqrt(D)
+  sla2_tensor q;        // [B, N, H, D]
+  sla2_tensor k;        // [B, N, H, D]
+  sla2_tensor v;        // [B, N, H, D]
+  sla2_tensor out;      // [B, N, H, D]
+  sla2_tensor
+      out_sparse;  // [B, N, H, D], optional: the sparse branch alone, saved for the backward pass
+  float* lse;      // [B, H, N], optional: log-sum-exp of the sparse branch's logits, natural log,
+                   // of smoothed K; -inf for a row without any listed block
+  const float* alpha_logit;  // alpha = sigmoid(.), read at [head * alpha_stride_head + block or
+                             // token]; may be null when branch is not BOTH
+  int64_t alpha_stride_head;  // T_m or N, or 0 when all heads share it
+  int32_t alpha_per_token;    // 0: one value per query block, 1: one per token
+  sla2_router router;         // proj_q null: `lists` is an input; otherwise it is an output
   sla2_block_lists lists;
   void* workspace;  // sla2_attn_fwd_workspace() bytes, 256-byte aligned
   size_t workspace_bytes;
   cudaStream_t stream;
 } sla2_attn_fwd_params;
 
-// Bytes of device memory an operation needs besides its inputs and outputs; a function of shapes alone.
+// Bytes of device memory an operation needs besides its inputs and outputs; a function of shapes
+// alone.
 SLA2_API sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes);
 SLA2_API sla2_status sla2_attn_fwd_workspace(const sla2_attn_fwd_params* params, size_t* bytes);
 
 SLA2_API sla2_status sla2_route(const sla2_route_params* params);
 SLA2_API sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params);
 
-// The present device's answer to "would sla2_attn_fwd run?": SLA2_OK, or SLA2_UNSUPPORTED with every reason in
-// sla2_last_error().
-SLA2_API sla2_status sla2_supported(int32_t device, int32_t dtype, int32_t head_dim, int32_t quant, int32_t path);
+// The present device's answer to "would sla2_attn_fwd run?": SLA2_OK, or SLA2_UNSUPPORTED with
+// every reason in sla2_last_error().
+SLA2_API sla2_status sla2_supported(int32_t device, int32_t dtype, int32_t head_dim, int32_t quant,
+                                    int32_t path);
 
 // The calling thread's last message; "" after a call that returned SLA2_OK.
 SLA2_API const char* sla2_last_error(void);

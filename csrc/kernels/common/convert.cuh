@@ -60,7 +60,8 @@ __device__ __forceinline__ float max8(const uint4& packed) {
 template <typename Element>
 __device__ __forceinline__ float amax8(const uint4& packed) {
   constexpr uint32_t kNoSigns = 0x7fff7fffu;  // the sign bit of both 16-bit formats
-  return max8<Element>(make_uint4(packed.x & kNoSigns, packed.y & kNoSigns, packed.z & kNoSigns, packed.w & kNoSigns));
+  return max8<Element>(make_uint4(packed.x & kNoSigns, packed.y & kNoSigns, packed.z & kNoSigns,
+                                  packed.w & kNoSigns));
 }
 
 template <typename Element>
@@ -91,7 +92,8 @@ __device__ __forceinline__ const Element* head_base(const TensorView& view, int 
 template <int kLanes>
 __device__ __forceinline__ float lane_max(float x) {
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2) x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, step));
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    x = max_nan(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
 }
 

@@ -1,4 +1,5 @@
-// Block sizes, the images of quantised key/value blocks in device memory, and shared-memory swizzles.
+// Block sizes, the images of quantised key/value blocks in device memory, and shared-memory
+// swizzles.
 #pragma once
 
 #include <stdint.h>
@@ -7,13 +8,14 @@ namespace sla2 {
 
 constexpr int kBlockQ = 128;
 constexpr int kBlockK = 64;
-constexpr float kQuantEps = 1e-30f;  // keeps 127 / amax and 448 / amax finite for all-zero blocks and channels
+constexpr float kQuantEps =
+    1e-30f;  // keeps 127 / amax and 448 / amax finite for all-zero blocks and channels
 constexpr float kInt8Max = 127.f;
 constexpr float kE4m3Max = 448.f;
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in a tile with kRowBytes per row. The XOR spreads the eight rows
-// that one ldmatrix reads over all 32 banks. It is the hardware's 128-byte (64-byte) swizzle for rows of 128 (64)
-// bytes, so the same image serves wgmma descriptors.
+// Byte offset of 16-byte chunk `chunk` of row `row` in a tile with kRowBytes per row. The XOR
+// spreads the eight rows that one ldmatrix reads over all 32 banks. It is the hardware's 128-byte
+// (64-byte) swizzle for rows of 128 (64) bytes, so the same image serves wgmma descriptors.
 template <int kRowBytes>
 __device__ __forceinline__ int swizzle(int row, int chunk) {
   static_assert(kRowBytes == 64 || kRowBytes % 128 == 0, "rows of 64 bytes or a multiple of 128");
@@ -24,10 +26,13 @@ __device__ __forceinline__ int swizzle(int row, int chunk) {
   }
 }
 
-// One record per (head, key block), written once by the quantiser, loaded by plain contiguous copies:
+// One record per (head, key block), written once by the quantiser, loaded by plain contiguous
+// copies:
 //   K image  int8 [64 tokens][D], rows swizzled
-//   V image  int8_fp8: e4m3 [D][64 tokens], tokens permuted within each 16 so that the accumulators of
-//            Q K^T are the A operand of P V as they stand: bytes 4t..4t+3 hold tokens 2t, 2t+1, 8+2t, 8+2t+1; int8_fp16: fp16 [64 tokens][D]; rows swizzled
+//   V image  int8_fp8: e4m3 [D][64 tokens], tokens permuted within each 16 so that the accumulators
+//   of
+//            Q K^T are the A operand of P V as they stand: bytes 4t..4t+3 hold tokens 2t, 2t+1,
+//            8+2t, 8+2t+1; int8_fp16: fp16 [64 tokens][D]; rows swizzled
 // Tokens past the end are zero.
 template <int kHeadDim, int kValueBytes>
 struct KvRecord {
@@ -36,8 +41,11 @@ struct KvRecord {
   static constexpr int kBytes = kKeyBytes + kValueImageBytes;
 };
 
-// Linear-branch state of one key block, bf16: h = phi(K_j)^T V_j row-major [D][D], then z = column sums of phi(K_j)
-// as a bf16 pair (high part [D], low part [D]) so that one product gives H and Z to about 16 bits.
-__host__ __device__ constexpr int state_elements(int head_dim) { return head_dim * head_dim + 2 * head_dim; }
+// Linear-branch state of one key block, bf16: h = phi(K_j)^T V_j row-major [D][D], then z = column
+// sums of phi(K_j) as a bf16 pair (high part [D], low part [D]) so that one product gives H and Z
+// to about 16 bits.
+__host__ __device__ constexpr int state_elements(int head_dim) {
+  return head_dim * head_dim + 2 * head_dim;
+}
 
 }  // namespace sla2

@@ -1,5 +1,5 @@
-// Arguments of every kernel launcher: plain structs filled by core/forward.cpp. A launcher enqueues on `stream` and
-// returns the launch error.
+// Arguments of every kernel launcher: plain structs filled by core/forward.cpp. A launcher enqueues
+// on `stream` and returns the launch error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 namespace sla2 {
 
 struct Shape {
-  int seqlen, num_heads, num_bh;  // num_bh = batch * heads; "bh" indexes it
+  int seqlen, num_heads, num_bh;   // num_bh = batch * heads; "bh" indexes it
   int num_q_blocks, num_k_blocks;  // T_m, T_n
 };
 
@@ -24,8 +24,8 @@ struct TensorView {
 struct PoolParams {
   Shape shape;
   TensorView q, k, v;
-  float* q_mean;         // [BH, T_m, D], null: Q is not read
-  float* k_sum;          // [BH, T_n, D] block sums, null: K is not read
+  float* q_mean;          // [BH, T_m, D], null: Q is not read
+  float* k_sum;           // [BH, T_n, D] block sums, null: K is not read
   float* v_amax_partial;  // [BH, T_m, D] maxima over 128 tokens, null: V is not read
   cudaStream_t stream;
 };
@@ -35,8 +35,9 @@ struct ReduceParams {
   const float* k_sum;           // [BH, T_n, D] or null
   const float* v_amax_partial;  // [BH, T_m, D] or null
   float* k_mean;                // [BH, D]; zeros when smooth is 0
-  float* v_scale;               // [BH, 2, D]: amax / 448 (int8_fp8) or the power of two above amax (int8_fp16),
-                                // then its inverse (448 / amax as such: bf16 inputs tie often, one ulp would show)
+  float*
+      v_scale;  // [BH, 2, D]: amax / 448 (int8_fp8) or the power of two above amax (int8_fp16),
+                // then its inverse (448 / amax as such: bf16 inputs tie often, one ulp would show)
   int smooth;
   int quant;
   cudaStream_t stream;
@@ -55,7 +56,8 @@ struct ProjectParams {
   cudaStream_t stream;
 };
 
-// Scores and selection for query blocks [row_begin, row_begin + row_count) of heads [bh_begin, bh_begin + bh_count).
+// Scores and selection for query blocks [row_begin, row_begin + row_count) of heads [bh_begin,
+// bh_begin + bh_count).
 struct SelectParams {
   Shape shape;
   int bh_begin, bh_count, row_begin, row_count;
@@ -81,7 +83,8 @@ struct CompactParams {
   cudaStream_t stream;
 };
 
-// Quantised K/V records and linear-branch states of heads [bh_begin, bh_begin + bh_count), one read of K and V.
+// Quantised K/V records and linear-branch states of heads [bh_begin, bh_begin + bh_count), one read
+// of K and V.
 struct StateParams {
   Shape shape;
   int bh_begin, bh_count;
@@ -116,9 +119,12 @@ struct ComplementParams {
 #define SLA2_HOST_DEVICE
 #endif
 
-// The complement's bits: one word for 32 key blocks, words of a tile's 128 query blocks side by side.
+// The complement's bits: one word for 32 key blocks, words of a tile's 128 query blocks side by
+// side.
 SLA2_HOST_DEVICE constexpr int mask_words(int num_k_blocks) { return (num_k_blocks + 63) / 64 * 2; }
-SLA2_HOST_DEVICE constexpr int mask_pitch(int num_q_blocks) { return (num_q_blocks + 127) / 128 * 128; }
+SLA2_HOST_DEVICE constexpr int mask_pitch(int num_q_blocks) {
+  return (num_q_blocks + 127) / 128 * 128;
+}
 
 // Sparse + linear + blend for all query blocks.
 struct AttnParams {
@@ -129,12 +135,12 @@ struct AttnParams {
   const uint16_t* lut;         // [BH, T_m, K]
   const int* counts;           // [BH, T_m]
   int max_kv_blocks;
-  const void* records;     // quantised modes
-  const float* k_scale;    // [BH, T_n]
-  const float* v_scale;    // [BH, 2, D]
-  const float* k_mean;     // [BH, D], corrects lse where S is of raw K ("none")
-  const uint16_t* h;       // bf16 [BH, T_m, D, D]
-  const float* z;          // [BH, T_m, 2, D]
+  const void* records;   // quantised modes
+  const float* k_scale;  // [BH, T_n]
+  const float* v_scale;  // [BH, 2, D]
+  const float* k_mean;   // [BH, D], corrects lse where S is of raw K ("none")
+  const uint16_t* h;     // bf16 [BH, T_m, D, D]
+  const float* z;        // [BH, T_m, 2, D]
   const float* alpha_logit;
   int64_t alpha_stride_head;
   int alpha_per_token;

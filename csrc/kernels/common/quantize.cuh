@@ -7,8 +7,9 @@
 
 namespace sla2 {
 
-// Eight values to int8 with factor 127 / amax, round to nearest even; |x * factor| <= 127 by construction. Adding
-// 1.5 * 2^23 rounds to an integer whose low byte is the int8: no conversion instruction, which runs at quarter rate.
+// Eight values to int8 with factor 127 / amax, round to nearest even; |x * factor| <= 127 by
+// construction. Adding 1.5 * 2^23 rounds to an integer whose low byte is the int8: no conversion
+// instruction, which runs at quarter rate.
 __device__ __forceinline__ uint2 pack_int8x8(const float (&x)[8], float factor) {
   constexpr float kBias = 12582912.f;
   uint32_t bits[8];

@@ -1,10 +1,11 @@
-// Online softmax on the m16n8 accumulator layout (16 rows per tile; a lane holds rows lane/4 and lane/4 + 8, columns
-// 8n + 2 (lane % 4) + {0, 1}), shared by every schedule.
+// Online softmax on the m16n8 accumulator layout (16 rows per tile; a lane holds rows lane/4 and
+// lane/4 + 8, columns 8n + 2 (lane % 4) + {0, 1}), shared by every schedule.
 //
-// The running maximum is an integer in log2 units, so P differs from exp(S - max) by a power of two: its rounding to
-// e4m3 or fp16 does not depend on the order in which key blocks arrive, and rescaling is exact. It is also lazy: the
-// maximum may be exceeded by kHeadroom before the accumulators are rescaled, which after the first block is rare (a
-// third of all blocks with no headroom, 35 blocks of Gaussian scores).
+// The running maximum is an integer in log2 units, so P differs from exp(S - max) by a power of
+// two: its rounding to e4m3 or fp16 does not depend on the order in which key blocks arrive, and
+// rescaling is exact. It is also lazy: the maximum may be exceeded by kHeadroom before the
+// accumulators are rescaled, which after the first block is rare (a third of all blocks with no
+// headroom, 35 blocks of Gaussian scores).
 #pragma once
 
 #include "convert.cuh"
@@ -33,10 +34,12 @@ struct OnlineSoftmax {
     }
   }
 
-  // s: raw scores of one key block; on return 2^(shift + s * scale_log2 - row_max), summed into row_sum. Rescales
-  // `acc` (the output accumulators) when a row's maximum outgrew the headroom in any lane of the warp.
+  // s: raw scores of one key block; on return 2^(shift + s * scale_log2 - row_max), summed into
+  // row_sum. Rescales `acc` (the output accumulators) when a row's maximum outgrew the headroom in
+  // any lane of the warp. `bias` is part of every s and belongs to no score.
   template <int kTilesN, int kTilesD>
-  __device__ __forceinline__ void update(float (&s)[kTilesM][kTilesN][4], float scale_log2, float shift,
+  __device__ __forceinline__ void update(float (&s)[kTilesM][kTilesN][4], float scale_log2,
+                                         float shift, float bias,
                                          float (&acc)[kTilesM][kTilesD][4]) {
     float grown[kTilesM][2];
     bool any_grew = false;
@@ -51,7 +54,7 @@ struct OnlineSoftmax {
         }
         block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffffu, block_max, 1));
         block_max = fmaxf(block_max, __shfl_xor_sync(0xffffffffu, block_max, 2));
-        grown[m][half] = fmaxf(row_max[m][half], ceilf(block_max * scale_log2));
+        grown[m][half] = fmaxf(row_max[m][half], ceilf((block_max - bias) * scale_log2));
         any_grew |= grown[m][half] > row_max[m][half] + kHeadroom;
       }
     }
@@ -75,7 +78,7 @@ struct OnlineSoftmax {
     for (int m = 0; m < kTilesM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float offset = shift - row_max[m][half];
+        const float offset = fmaf(-bias, scale_log2, shift - row_max[m][half]);
         float sum = 0.f;
 #pragma unroll
         for (int n = 0; n < kTilesN; ++n) {
@@ -113,6 +116,18 @@ __device__ __forceinline__ void mask_columns(float (&s)[kTilesM][kTilesN][4], in
 #pragma unroll
         for (int m = 0; m < kTilesM; ++m) s[m][n][e] = s[m][n][2 + e] = -INFINITY;
       }
+    }
+  }
+}
+
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void subtract(float (&s)[kTilesM][kTilesN][4], float x) {
+#pragma unroll
+  for (int m = 0; m < kTilesM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s[m][n][e] -= x;
     }
   }
 }

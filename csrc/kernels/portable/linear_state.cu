@@ -1,5 +1,6 @@
-// Pre-pass 2: everything the attention kernel needs of a key block in one read of K_j and V_j: int8 K and e4m3/fp16 V
-// records (method step 8), and the linear branch's state h_j = phi(K_j)^T V_j, z_j = phi(K_j)^T 1 (step 6).
+// Pre-pass 2: everything the attention kernel needs of a key block in one read of K_j and V_j: int8
+// K and e4m3/fp16 V records (method step 8), and the linear branch's state h_j = phi(K_j)^T V_j,
+// z_j = phi(K_j)^T 1 (step 6).
 #include <type_traits>
 
 #include "../common/convert.cuh"
@@ -18,7 +19,8 @@ template <int kHeadDim>
 struct StateSmem {
   static constexpr int kTileBytes = kBlockK * kHeadDim * 2;
   static constexpr int kWarps = kStateThreads / 32;
-  // phi (bf16) and V (as given), both [64 tokens][D] swizzled; the state h (bf16 [D][D]) takes their place at the end.
+  // phi (bf16) and V (as given), both [64 tokens][D] swizzled; the state h (bf16 [D][D]) takes
+  // their place at the end.
   union {
     struct {
       alignas(128) char phi[kTileBytes];
@@ -30,10 +32,11 @@ struct StateSmem {
   float amax[kWarps];
 };
 
-// acc += A B with A in bf16 and B as given. fp16 values are split into two bf16 parts, which hold them exactly:
-// rounding V to bf16 alone would cost fp16 users three bits of the linear branch.
+// acc += A B with A in bf16 and B as given. fp16 values are split into two bf16 parts, which hold
+// them exactly: rounding V to bf16 alone would cost fp16 users three bits of the linear branch.
 template <typename Element>
-__device__ __forceinline__ void mma_mixed(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void mma_mixed(float (&acc)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
   if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
     mma<__nv_bfloat16>(acc, a, b0, b1);
   } else {
@@ -51,9 +54,11 @@ __device__ __forceinline__ void mma_mixed(float (&acc)[4], const uint32_t (&a)[4
   }
 }
 
-// One CTA: one key block of one head. Thread t holds the eight columns 8 (t % (D/8)) of kPasses tokens.
+// One CTA: one key block of one head. Thread t holds the eight columns 8 (t % (D/8)) of kPasses
+// tokens.
 template <typename Element, int kHeadDim, int kQuant>
-__global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __grid_constant__ StateParams p) {
+__global__ void __launch_bounds__(kStateThreads)
+    linear_state_kernel(const __grid_constant__ StateParams p) {
   constexpr int kLanesPerRow = kHeadDim / 8;
   constexpr int kRowsPerPass = kStateThreads / kLanesPerRow;
   constexpr int kPasses = kBlockK / kRowsPerPass;
@@ -78,8 +83,10 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
       const int r = i * kRowsPerPass + row;
       const int64_t token = block * kBlockK + r;
       const uint4 zero = make_uint4(0, 0, 0, 0);
-      key_bits[i] = r < tokens ? __ldg(reinterpret_cast<const uint4*>(k + token * p.k.stride_token)) : zero;
-      value_bits[i] = r < tokens ? __ldg(reinterpret_cast<const uint4*>(v + token * p.v.stride_token)) : zero;
+      key_bits[i] =
+          r < tokens ? __ldg(reinterpret_cast<const uint4*>(k + token * p.k.stride_token)) : zero;
+      value_bits[i] =
+          r < tokens ? __ldg(reinterpret_cast<const uint4*>(v + token * p.v.stride_token)) : zero;
     }
   }
   float mean[8];
@@ -116,7 +123,8 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
       *reinterpret_cast<uint2*>(record + offset) = pack_int8x8(key[i], factor);
     }
 
-    // Values: fp16 rows as they are, or e4m3 columns from the shared tile (the barrier in block_max published it)
+    // Values: fp16 rows as they are, or e4m3 columns from the shared tile (the barrier in block_max
+    // published it)
     char* value_record = record + Record::kKeyBytes;
     const float* v_inverse = p.v_scale + (static_cast<int64_t>(bh) * 2 + 1) * kHeadDim;
     if constexpr (kQuant == SLA2_QUANT_INT8_FP16) {
@@ -130,11 +138,13 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
 #pragma unroll
         for (int c = 0; c < 8; ++c) x[c] *= inverse[c];
         const int r = i * kRowsPerPass + row;
-        *reinterpret_cast<uint4*>(value_record + swizzle<kRowBytes>(r, column / 8)) = pack8<__half>(x);
+        *reinterpret_cast<uint4*>(value_record + swizzle<kRowBytes>(r, column / 8)) =
+            pack8<__half>(x);
       }
     } else {
-      // ldmatrix.trans hands lane (g, t) tokens 2t, 2t+1 of channel g, and of tokens 8..15 the next register: with
-      // the permutation of KvRecord exactly the four bytes that are its share of the 16-token chunk. One x4 load makes two chunks.
+      // ldmatrix.trans hands lane (g, t) tokens 2t, 2t+1 of channel g, and of tokens 8..15 the next
+      // register: with the permutation of KvRecord exactly the four bytes that are its share of the
+      // 16-token chunk. One x4 load makes two chunks.
       const uint32_t tile = smem_address(smem.tiles.value);
       constexpr int kItems = kHeadDim / 8 * 2;  // eight channels by 32 tokens
 #pragma unroll
@@ -147,7 +157,8 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
         for (int i = 0; i < 2; ++i) {
           const float2 low = Pair<Element>::to_float2(pairs[2 * i]);
           const float2 high = Pair<Element>::to_float2(pairs[2 * i + 1]);
-          *reinterpret_cast<uint32_t*>(value_record + swizzle<64>(channel, chunk0 + i) + lane % 4 * 4) =
+          *reinterpret_cast<uint32_t*>(value_record + swizzle<64>(channel, chunk0 + i) +
+                                       lane % 4 * 4) =
               pack_e4m3x4(low.x * inverse, low.y * inverse, high.x * inverse, high.y * inverse);
         }
       }
@@ -155,8 +166,8 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
   }
   if (p.state == nullptr) return;
 
-  // phi(K_j): softmax over the feature dimension, rounded to bf16; z sums the rounded values so that the linear
-  // branch stays an exact weighted mean of V
+  // phi(K_j): softmax over the feature dimension, rounded to bf16; z sums the rounded values so
+  // that the linear branch stays an exact weighted mean of V
   float z[8] = {};
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
@@ -186,7 +197,8 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
 #pragma unroll
-    for (int step = 16; step >= kLanesPerRow; step /= 2) z[c] += __shfl_xor_sync(0xffffffffu, z[c], step);
+    for (int step = 16; step >= kLanesPerRow; step /= 2)
+      z[c] += __shfl_xor_sync(0xffffffffu, z[c], step);
     if (lane < kLanesPerRow) smem.z[warp][column + c] = z[c];
   }
   __syncthreads();
@@ -226,19 +238,21 @@ __global__ void __launch_bounds__(kStateThreads) linear_state_kernel(const __gri
     for (int n = 0; n < kWarpN / 8; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int feature = feature0 + 16 * m + lane / 4 + 8 * half, channel = channel0 + 8 * n + lane % 4 * 2;
-        *reinterpret_cast<uint32_t*>(smem.h + swizzle<kRowBytes>(feature, channel / 8) + channel % 8 * 2) =
+        const int feature = feature0 + 16 * m + lane / 4 + 8 * half,
+                  channel = channel0 + 8 * n + lane % 4 * 2;
+        *reinterpret_cast<uint32_t*>(smem.h + swizzle<kRowBytes>(feature, channel / 8) +
+                                     channel % 8 * 2) =
             Pair<__nv_bfloat16>::from_floats(acc[m][n][2 * half], acc[m][n][2 * half + 1]);
       }
     }
   }
   __syncthreads();
-  uint16_t* state =
-      p.state + (static_cast<int64_t>(local_bh) * p.shape.num_k_blocks + block) * state_elements(kHeadDim);
+  uint16_t* state = p.state + (static_cast<int64_t>(local_bh) * p.shape.num_k_blocks + block) *
+                                  state_elements(kHeadDim);
 #pragma unroll
   for (int i = threadIdx.x; i < kHeadDim * kLanesPerRow; i += kStateThreads) {
-    const uint4 packed =
-        *reinterpret_cast<const uint4*>(smem.h + swizzle<kRowBytes>(i / kLanesPerRow, i % kLanesPerRow));
+    const uint4 packed = *reinterpret_cast<const uint4*>(
+        smem.h + swizzle<kRowBytes>(i / kLanesPerRow, i % kLanesPerRow));
     *reinterpret_cast<uint4*>(state + i * 8) = packed;
   }
   if (threadIdx.x < kHeadDim) {
@@ -257,13 +271,16 @@ void launch(const StateParams& p) {
   const dim3 grid(p.bh_count * p.shape.num_k_blocks);
   switch (p.quant) {
     case SLA2_QUANT_NONE:
-      linear_state_kernel<Element, kHeadDim, SLA2_QUANT_NONE><<<grid, kStateThreads, 0, p.stream>>>(p);
+      linear_state_kernel<Element, kHeadDim, SLA2_QUANT_NONE>
+          <<<grid, kStateThreads, 0, p.stream>>>(p);
       break;
     case SLA2_QUANT_INT8_FP16:
-      linear_state_kernel<Element, kHeadDim, SLA2_QUANT_INT8_FP16><<<grid, kStateThreads, 0, p.stream>>>(p);
+      linear_state_kernel<Element, kHeadDim, SLA2_QUANT_INT8_FP16>
+          <<<grid, kStateThreads, 0, p.stream>>>(p);
       break;
     default:
-      linear_state_kernel<Element, kHeadDim, SLA2_QUANT_INT8_FP8><<<grid, kStateThreads, 0, p.stream>>>(p);
+      linear_state_kernel<Element, kHeadDim, SLA2_QUANT_INT8_FP8>
+          <<<grid, kStateThreads, 0, p.stream>>>(p);
   }
 }
 

@@ -1,5 +1,6 @@
-// Pre-pass 1: block means of Q, block sums of K and per-channel maxima of V in one read of each tensor, then the
-// mean of K over all tokens (method step 1) and V's channel scales. Memory-bound: 2 bytes per element read.
+// Pre-pass 1: block means of Q, block sums of K and per-channel maxima of V in one read of each
+// tensor, then the mean of K over all tokens (method step 1) and V's channel scales. Memory-bound:
+// 2 bytes per element read.
 #include "../common/convert.cuh"
 #include "../common/layout.cuh"
 #include "../common/params.h"
@@ -9,7 +10,8 @@ namespace {
 
 constexpr int kPoolThreads = 256;
 
-// Reduces each thread's eight columns over the rows held by the other threads; thread t < D gets column t.
+// Reduces each thread's eight columns over the rows held by the other threads; thread t < D gets
+// column t.
 template <int kHeadDim, bool kMax>
 __device__ __forceinline__ float reduce_columns(const float (&x)[8], float* scratch) {
   constexpr int kLanesPerRow = kHeadDim / 8;
@@ -49,8 +51,9 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const __grid_constan
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
       const int token = block * kBlockQ + half * kBlockK + i * kRowsPerPass + row;
-      packed[i] = token < p.shape.seqlen ? __ldg(reinterpret_cast<const uint4*>(base + token * view.stride_token))
-                                         : make_uint4(0, 0, 0, 0);
+      packed[i] = token < p.shape.seqlen
+                      ? __ldg(reinterpret_cast<const uint4*>(base + token * view.stride_token))
+                      : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int i = 0; i < kPasses; ++i) {
@@ -68,7 +71,8 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const __grid_constan
     const float sum = reduce_columns<kHeadDim, false>(acc, scratch);
     const int tokens = min(kBlockQ, p.shape.seqlen - block * kBlockQ);
     if (column_out < kHeadDim) {
-      p.q_mean[(static_cast<int64_t>(bh) * p.shape.num_q_blocks + block) * kHeadDim + column_out] = sum / tokens;
+      p.q_mean[(static_cast<int64_t>(bh) * p.shape.num_q_blocks + block) * kHeadDim + column_out] =
+          sum / tokens;
     }
   }
   if (p.k_sum != nullptr) {
@@ -79,7 +83,8 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const __grid_constan
       accumulate(p.k, half, false, acc);
       const float sum = reduce_columns<kHeadDim, false>(acc, scratch);
       if (column_out < kHeadDim) {
-        p.k_sum[(static_cast<int64_t>(bh) * p.shape.num_k_blocks + key_block) * kHeadDim + column_out] = sum;
+        p.k_sum[(static_cast<int64_t>(bh) * p.shape.num_k_blocks + key_block) * kHeadDim +
+                column_out] = sum;
       }
     }
   }
@@ -89,25 +94,30 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const __grid_constan
     accumulate(p.v, 1, true, acc);
     const float amax = reduce_columns<kHeadDim, true>(acc, scratch);
     if (column_out < kHeadDim) {
-      p.v_amax_partial[(static_cast<int64_t>(bh) * p.shape.num_q_blocks + block) * kHeadDim + column_out] = amax;
+      p.v_amax_partial[(static_cast<int64_t>(bh) * p.shape.num_q_blocks + block) * kHeadDim +
+                       column_out] = amax;
     }
   }
 }
 
 constexpr int kReduceRows = 8;
 
-// One CTA: one head. Row r of the CTA folds every kReduceRows-th block; the fixed order makes the result reproducible.
+// One CTA: one head. Row r of the CTA folds every kReduceRows-th block; the fixed order makes the
+// result reproducible.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kReduceRows* kHeadDim) reduce_kernel(const __grid_constant__ ReduceParams p) {
+__global__ void __launch_bounds__(kReduceRows* kHeadDim)
+    reduce_kernel(const __grid_constant__ ReduceParams p) {
   __shared__ float scratch[kReduceRows][kHeadDim];
   const int bh = blockIdx.x, column = threadIdx.x % kHeadDim, row = threadIdx.x / kHeadDim;
 
   if (p.k_mean != nullptr) {
     float sum = 0.f;
     if (p.smooth) {
-      const float* source = p.k_sum + static_cast<int64_t>(bh) * p.shape.num_k_blocks * kHeadDim + column;
+      const float* source =
+          p.k_sum + static_cast<int64_t>(bh) * p.shape.num_k_blocks * kHeadDim + column;
 #pragma unroll 4
-      for (int j = row; j < p.shape.num_k_blocks; j += kReduceRows) sum += source[static_cast<int64_t>(j) * kHeadDim];
+      for (int j = row; j < p.shape.num_k_blocks; j += kReduceRows)
+        sum += source[static_cast<int64_t>(j) * kHeadDim];
     }
     scratch[row][column] = sum;
     __syncthreads();
@@ -120,7 +130,8 @@ __global__ void __launch_bounds__(kReduceRows* kHeadDim) reduce_kernel(const __g
   }
   if (p.v_scale != nullptr) {
     float amax = 0.f;
-    const float* source = p.v_amax_partial + static_cast<int64_t>(bh) * p.shape.num_q_blocks * kHeadDim + column;
+    const float* source =
+        p.v_amax_partial + static_cast<int64_t>(bh) * p.shape.num_q_blocks * kHeadDim + column;
 #pragma unroll 4
     for (int i = row; i < p.shape.num_q_blocks; i += kReduceRows) {
       amax = fmaxf(amax, source[static_cast<int64_t>(i) * kHeadDim]);
@@ -130,7 +141,8 @@ __global__ void __launch_bounds__(kReduceRows* kHeadDim) reduce_kernel(const __g
     if (row == 0) {
       for (int r = 0; r < kReduceRows; ++r) amax = fmaxf(amax, scratch[r][column]);
       amax = fmaxf(amax, kQuantEps);
-      // int8_fp16: the power of two strictly above amax, so that v / scale is exact in fp16 for fp16 input.
+      // int8_fp16: the power of two strictly above amax, so that v / scale is exact in fp16 for
+      // fp16 input.
       const bool is_e4m3 = p.quant == SLA2_QUANT_INT8_FP8;
       const float power = __uint_as_float((min(__float_as_uint(amax) >> 23, 252u) + 1u) << 23);
       float* scales = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + column;

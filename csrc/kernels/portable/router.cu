@@ -1,5 +1,5 @@
-// The router: project the pooled blocks, score every (query block, key block) pair, keep the K best of each row.
-// All float32: near-ties must fall as they do in the reference.
+// The router: project the pooled blocks, score every (query block, key block) pair, keep the K best
+// of each row. All float32: near-ties must fall as they do in the reference.
 #include "../common/convert.cuh"
 #include "../common/layout.cuh"
 #include "../common/params.h"
@@ -9,20 +9,25 @@ namespace {
 
 constexpr int kProjectRows = 16;
 
-// One CTA: kProjectRows pooled rows times one [D, D] projection; thread c owns column c. The first `q_groups` groups
-// of a head are query rows, the others key rows (mean over the block minus the mean over all tokens).
+// One CTA: kProjectRows pooled rows times one [D, D] projection; thread c owns column c. The first
+// `q_groups` groups of a head are query rows, the others key rows (mean over the block minus the
+// mean over all tokens).
 template <int kHeadDim>
-__global__ void __launch_bounds__(kHeadDim) project_kernel(const __grid_constant__ ProjectParams p) {
+__global__ void __launch_bounds__(kHeadDim)
+    project_kernel(const __grid_constant__ ProjectParams p) {
   __shared__ float4 rows[kProjectRows][kHeadDim / 4];
   const int q_groups = (p.shape.num_q_blocks + kProjectRows - 1) / kProjectRows;
   const int k_groups = (p.shape.num_k_blocks + kProjectRows - 1) / kProjectRows;
   const int bh = blockIdx.x / (q_groups + k_groups), group = blockIdx.x % (q_groups + k_groups);
   const bool is_query = group < q_groups;
   const int first = (is_query ? group : group - q_groups) * kProjectRows;
-  const int count = min(kProjectRows, (is_query ? p.shape.num_q_blocks : p.shape.num_k_blocks) - first);
+  const int count =
+      min(kProjectRows, (is_query ? p.shape.num_q_blocks : p.shape.num_k_blocks) - first);
   const int column = threadIdx.x;
   const int64_t offset =
-      (static_cast<int64_t>(bh) * (is_query ? p.shape.num_q_blocks : p.shape.num_k_blocks) + first) * kHeadDim;
+      (static_cast<int64_t>(bh) * (is_query ? p.shape.num_q_blocks : p.shape.num_k_blocks) +
+       first) *
+      kHeadDim;
 
   const float mean = is_query ? 0.f : p.k_mean[static_cast<int64_t>(bh) * kHeadDim + column];
   const float* source = (is_query ? p.q_mean : p.k_sum) + offset;
@@ -33,7 +38,8 @@ __global__ void __launch_bounds__(kHeadDim) project_kernel(const __grid_constant
   }
   __syncthreads();
 
-  const float* weight = (is_query ? p.proj_q : p.proj_k) + (bh % p.shape.num_heads) * p.proj_stride_head + column;
+  const float* weight =
+      (is_query ? p.proj_q : p.proj_k) + (bh % p.shape.num_heads) * p.proj_stride_head + column;
   float acc[kProjectRows] = {};
 #pragma unroll 4
   for (int k = 0; k < kHeadDim / 4; ++k) {
@@ -55,10 +61,12 @@ __global__ void __launch_bounds__(kHeadDim) project_kernel(const __grid_constant
 constexpr int kScoreTile = 128;
 constexpr int kScoreDepth = 16;
 constexpr int kScoreThreads = 256;
-constexpr int kScorePitch = kScoreTile + 4;  // keeps float4 alignment, spreads the transposed stores over banks
+constexpr int kScorePitch =
+    kScoreTile + 4;  // keeps float4 alignment, spreads the transposed stores over banks
 
-// kScoreTile rows of [D] values: a slice of depth 16 from global memory to registers, and from there to shared memory
-// as [depth][row]. Two steps, so that the next slice is on its way while this one is used.
+// kScoreTile rows of [D] values: a slice of depth 16 from global memory to registers, and from
+// there to shared memory as [depth][row]. Two steps, so that the next slice is on its way while
+// this one is used.
 template <int kHeadDim>
 struct ScoreOperand {
   static constexpr int kRowsPerPass = kScoreThreads / 4;
@@ -70,8 +78,8 @@ struct ScoreOperand {
       const int r = threadIdx.x / 4 + i * kRowsPerPass;
       slice[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (r < rows) {
-        slice[i] =
-            *reinterpret_cast<const float4*>(x + static_cast<int64_t>(r) * kHeadDim + depth + threadIdx.x % 4 * 4);
+        slice[i] = *reinterpret_cast<const float4*>(x + static_cast<int64_t>(r) * kHeadDim + depth +
+                                                    threadIdx.x % 4 * 4);
       }
     }
   }
@@ -88,14 +96,17 @@ struct ScoreOperand {
   }
 };
 
-// One CTA: a 128 x 128 tile of scores; thread (y, x) owns rows 4y + {0..3, 64..67}, columns 4x + {0..3, 64..67}.
+// One CTA: a 128 x 128 tile of scores; thread (y, x) owns rows 4y + {0..3, 64..67}, columns 4x +
+// {0..3, 64..67}.
 template <int kHeadDim>
-__global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_constant__ SelectParams p) {
+__global__ void __launch_bounds__(kScoreThreads, 2)
+    score_kernel(const __grid_constant__ SelectParams p) {
   __shared__ __align__(16) float query[kScoreDepth][kScorePitch];
   __shared__ __align__(16) float key[kScoreDepth][kScorePitch];
   const int row_tiles = (p.row_count + kScoreTile - 1) / kScoreTile;
   const int column_tiles = (p.shape.num_k_blocks + kScoreTile - 1) / kScoreTile;
-  const int tile = blockIdx.x % (row_tiles * column_tiles), bh = blockIdx.x / (row_tiles * column_tiles);
+  const int tile = blockIdx.x % (row_tiles * column_tiles),
+            bh = blockIdx.x / (row_tiles * column_tiles);
   const int row0 = tile % row_tiles * kScoreTile, column0 = tile / row_tiles * kScoreTile;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
   const int64_t head = p.bh_begin + bh;
@@ -120,8 +131,10 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
       float a[8], b[8];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<float4*>(&a[4 * half]) = *reinterpret_cast<const float4*>(&query[d][4 * y + 64 * half]);
-        *reinterpret_cast<float4*>(&b[4 * half]) = *reinterpret_cast<const float4*>(&key[d][4 * x + 64 * half]);
+        *reinterpret_cast<float4*>(&a[4 * half]) =
+            *reinterpret_cast<const float4*>(&query[d][4 * y + 64 * half]);
+        *reinterpret_cast<float4*>(&b[4 * half]) =
+            *reinterpret_cast<const float4*>(&key[d][4 * x + 64 * half]);
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -134,7 +147,8 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
   for (int i = 0; i < 8; ++i) {
     const int row = row0 + 4 * y + i % 4 + i / 4 * 64;
     if (row >= p.row_count) continue;
-    float* destination = p.scores + (static_cast<int64_t>(bh) * p.row_count + row) * p.shape.num_k_blocks;
+    float* destination =
+        p.scores + (static_cast<int64_t>(bh) * p.row_count + row) * p.shape.num_k_blocks;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       const int column = column0 + 4 * x + j % 4 + j / 4 * 64;
@@ -143,7 +157,8 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
   }
 }
 
-// Floats as unsigned keys of the same order. NaN ranks lowest, so that a row always has K distinct entries.
+// Floats as unsigned keys of the same order. NaN ranks lowest, so that a row always has K distinct
+// entries.
 __device__ __forceinline__ uint32_t order_key(float x) {
   const uint32_t bits = __float_as_uint(x);
   if (x != x) return 0u;
@@ -153,18 +168,21 @@ __device__ __forceinline__ uint32_t order_key(float x) {
 constexpr int kSelectWarps = 4;
 constexpr uint32_t kPinnedKey = 0xffffffffu;  // above the key of +inf
 
-// One warp: one row. The K-th largest key is built bit by bit from the top, then one sweep writes the list in
-// ascending order; among keys equal to the threshold the lowest indices win.
+__host__ __device__ constexpr int padded_keys(int num_keys) { return (num_keys + 3) / 4 * 4; }
+
+// One warp: one row. The K-th largest key is built bit by bit from the top, then one sweep writes
+// the list in ascending order; among keys equal to the threshold the lowest indices win.
 __global__ void select_kernel(const __grid_constant__ SelectParams p) {
-  extern __shared__ uint32_t key_storage[];
+  extern __shared__ __align__(16) uint32_t key_storage[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + warp;
   const int num_keys = p.shape.num_k_blocks;
   if (row >= static_cast<int64_t>(p.bh_count) * p.row_count) return;
-  uint32_t* keys = key_storage + warp * num_keys;
+  const int padded = padded_keys(num_keys);
+  uint32_t* keys = key_storage + warp * padded;
 
   const float* scores = p.scores + row * num_keys;
-  for (int j = lane; j < num_keys; j += 32) keys[j] = order_key(scores[j]);
+  for (int j = lane; j < padded; j += 32) keys[j] = j < num_keys ? order_key(scores[j]) : 0u;
   __syncwarp();
   for (int i = lane; i < p.num_pinned; i += 32) {
     const int pinned = p.pinned_kv[i];
@@ -172,14 +190,18 @@ __global__ void select_kernel(const __grid_constant__ SelectParams p) {
   }
   __syncwarp();
 
-  // Invariant: `above` keys exceed every key that shares the bits of `threshold` fixed so far, and at_least - above
-  // keys share them.
+  // Invariant: `above` keys exceed every key that shares the bits of `threshold` fixed so far, and
+  // at_least - above keys share them.
   uint32_t threshold = 0u;
   int above = 0, at_least = num_keys, bit = 31;
   for (; bit >= 0 && at_least - above > 32; --bit) {
     const uint32_t candidate = threshold | (1u << bit);
     int count = 0;
-    for (int j = lane; j < num_keys; j += 32) count += keys[j] >= candidate;
+    for (int j = 4 * lane; j < padded; j += 128) {  // the padding's zeros never reach a candidate
+      const uint4 four = *reinterpret_cast<const uint4*>(keys + j);
+      count += (four.x >= candidate) + (four.y >= candidate) + (four.z >= candidate) +
+               (four.w >= candidate);
+    }
     count = __reduce_add_sync(0xffffffffu, count);
     if (count >= p.num_kv_blocks) {
       threshold = candidate;
@@ -217,7 +239,8 @@ __global__ void select_kernel(const __grid_constant__ SelectParams p) {
     }
   }
 
-  const int64_t head = p.bh_begin + row / p.row_count, query_block = p.row_begin + row % p.row_count;
+  const int64_t head = p.bh_begin + row / p.row_count,
+                query_block = p.row_begin + row % p.row_count;
   const int64_t list = head * p.shape.num_q_blocks + query_block;
   uint16_t* lut = p.lut + list * p.num_kv_blocks;
   int equal_left = p.num_kv_blocks - above, written = 0;
@@ -226,8 +249,8 @@ __global__ void select_kernel(const __grid_constant__ SelectParams p) {
     const uint32_t key = j < num_keys ? keys[j] : 0u;
     const bool equal = j < num_keys && key == threshold;
     const uint32_t equal_mask = __ballot_sync(0xffffffffu, equal);
-    const bool take =
-        (j < num_keys && key > threshold) || (equal && __popc(equal_mask & lanes_below) < equal_left);
+    const bool take = (j < num_keys && key > threshold) ||
+                      (equal && __popc(equal_mask & lanes_below) < equal_left);
     const uint32_t take_mask = __ballot_sync(0xffffffffu, take);
     if (take) lut[written + __popc(take_mask & lanes_below)] = static_cast<uint16_t>(j);
     written += __popc(take_mask);
@@ -239,17 +262,21 @@ __global__ void select_kernel(const __grid_constant__ SelectParams p) {
 constexpr int kCompactWarps = 4;
 
 // One warp: one list.
-__global__ void __launch_bounds__(kCompactWarps * 32) compact_kernel(const __grid_constant__ CompactParams p) {
+__global__ void __launch_bounds__(kCompactWarps * 32)
+    compact_kernel(const __grid_constant__ CompactParams p) {
   const int lane = threadIdx.x % 32;
   const int64_t list = static_cast<int64_t>(blockIdx.x) * kCompactWarps + threadIdx.x / 32;
   if (list >= static_cast<int64_t>(p.shape.num_bh) * p.shape.num_q_blocks) return;
   const int count = min(max(p.counts_in[list], 0), p.max_kv_blocks);
   int written = 0;
   for (int i0 = 0; i0 < count; i0 += 32) {
-    const int j = i0 + lane < count ? p.lut_in[list * p.max_kv_blocks + i0 + lane] : p.shape.num_k_blocks;
+    const int j =
+        i0 + lane < count ? p.lut_in[list * p.max_kv_blocks + i0 + lane] : p.shape.num_k_blocks;
     const bool valid = j < p.shape.num_k_blocks;
     const uint32_t mask = __ballot_sync(0xffffffffu, valid);
-    if (valid) p.lut[list * p.max_kv_blocks + written + __popc(mask & ((1u << lane) - 1u))] = static_cast<uint16_t>(j);
+    if (valid)
+      p.lut[list * p.max_kv_blocks + written + __popc(mask & ((1u << lane) - 1u))] =
+          static_cast<uint16_t>(j);
     written += __popc(mask);
   }
   if (lane == 0) p.counts[list] = written;
@@ -283,8 +310,9 @@ cudaError_t launch_score(const SelectParams& p, int head_dim) {
 }
 
 cudaError_t launch_select(const SelectParams& p) {
-  // Four rows a CTA while their keys fit the 64 KiB that every sm_80+ device grants two CTAs; fewer when T_n is large.
-  const int row_bytes = p.shape.num_k_blocks * static_cast<int>(sizeof(uint32_t));
+  // Four rows a CTA while their keys fit the 64 KiB that every sm_80+ device grants two CTAs; fewer
+  // when T_n is large.
+  const int row_bytes = padded_keys(p.shape.num_k_blocks) * static_cast<int>(sizeof(uint32_t));
   int warps = kSelectWarps;
   while (warps > 1 && warps * row_bytes > 64 * 1024) warps /= 2;
   const int64_t rows = static_cast<int64_t>(p.bh_count) * p.row_count;

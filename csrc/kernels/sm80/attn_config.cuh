@@ -14,9 +14,9 @@ struct AttnConfig {
   static constexpr bool kInt8 = kQuant != SLA2_QUANT_NONE;
   static constexpr bool kE4m3 = kQuant == SLA2_QUANT_INT8_FP8;
 
-  // 4 warps of 32 rows: each K or V fragment read from shared memory feeds two m16 tiles. With 16 rows per warp the
-  // reads alone (128 KiB per 64-key block) take longer than the products.
-  // On an H200: 10.1 against 11.3 ms (int8_fp8, 40 heads, 75600 tokens, 35 blocks a row).
+  // 4 warps of 32 rows: each K or V fragment read from shared memory feeds two m16 tiles. With 16
+  // rows per warp the reads alone (128 KiB per 64-key block) take longer than the products. On an
+  // H200: 10.1 against 11.3 ms (int8_fp8, 40 heads, 75600 tokens, 35 blocks a row).
   static constexpr int kRowsPerWarp = 32;
   static constexpr int kWarps = kBlockQ / kRowsPerWarp;
   static constexpr int kThreads = kWarps * 32;
@@ -36,7 +36,8 @@ struct AttnConfig {
   static constexpr int kRowsH = 64;
   static constexpr int kPartsH = kHeadDim / kRowsH;
   static_assert(kRowsH * kWideRowBytes <= kStageBytes, "a part of H fits a stage");
-  static_assert(kQueryBytes / kWarps >= 16 * kWideRowBytes, "a warp stages 16 output rows in its part of Q");
+  static_assert(kQueryBytes / kWarps >= 16 * kWideRowBytes,
+                "a warp stages 16 output rows in its part of Q");
 
   // [Q | ring of K, V stages]; Q's bytes stage the output at the end.
   static constexpr int kSmemBytes = kQueryBytes + kStages * kStageBytes;

@@ -1,8 +1,8 @@
 // SLA2 forward for one query block, portable tensor-core schedule (mma.sync + cp.async).
 //
-// One CTA: 128 query rows of one head. It walks the block's list of key blocks (S = Q K^T, online softmax, O += P V),
-// then adds the linear branch as one more product on the same accumulators (attn_linear.cuh), so that the blend costs
-// no extra pass, and stores O once.
+// One CTA: 128 query rows of one head. It walks the block's list of key blocks (S = Q K^T, online
+// softmax, O += P V), then adds the linear branch as one more product on the same accumulators
+// (attn_linear.cuh), so that the blend costs no extra pass, and stores O once.
 #pragma once
 
 #include "../common/softmax.cuh"
@@ -12,15 +12,18 @@
 
 namespace sla2 {
 
-// The warp's rows of accumulators to `view`, 16 rows at a time through the warp's own part of `staging`.
+// The warp's rows of accumulators to `view`, 16 rows at a time through the warp's own part of
+// `staging`.
 template <class C>
-__device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTilesD][4], const TensorView& view,
-                                           int bh, int num_heads, int row0, int rows, char* staging) {
+__device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTilesD][4],
+                                           const TensorView& view, int bh, int num_heads, int row0,
+                                           int rows, char* staging) {
   using Element = typename C::Element;
   constexpr int kChunks = C::kWideRowBytes / 16;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   staging += warp * (C::kQueryBytes / C::kWarps);
-  Element* base = const_cast<Element*>(head_base<Element>(view, bh, num_heads)) + row0 * view.stride_token;
+  Element* base =
+      const_cast<Element*>(head_base<Element>(view, bh, num_heads)) + row0 * view.stride_token;
 #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m) {
     __syncwarp();
@@ -28,7 +31,8 @@ __device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTi
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int d = 0; d < C::kTilesD; ++d) {
-        *reinterpret_cast<uint32_t*>(staging + swizzle<C::kWideRowBytes>(8 * half + lane / 4, d) + lane % 4 * 4) =
+        *reinterpret_cast<uint32_t*>(staging + swizzle<C::kWideRowBytes>(8 * half + lane / 4, d) +
+                                     lane % 4 * 4) =
             Pair<Element>::from_floats(acc[m][d][2 * half], acc[m][d][2 * half + 1]);
       }
     }
@@ -78,12 +82,14 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   const int listed = p.counts[list];
   const int count = p.branch == SLA2_BRANCH_LINEAR ? 0 : listed;
   // All blocks listed: no complement, alpha is 1.
-  const bool linear = p.branch == SLA2_BRANCH_LINEAR || (p.branch == SLA2_BRANCH_BOTH && listed < num_k_blocks);
+  const bool linear =
+      p.branch == SLA2_BRANCH_LINEAR || (p.branch == SLA2_BRANCH_BOTH && listed < num_k_blocks);
   const Element* q = head_base<Element>(p.q, bh, p.shape.num_heads) + row0 * p.q.stride_token;
   const uint32_t q_tile = smem_address(smem), ring = q_tile + C::kQueryBytes;
 
-  // The ring takes the listed key blocks, then the parts of H. What the loop needs of a block besides its bytes travels
-  // in `pending`, read when its copy is issued: the scale of K, negative for a block shorter than 64 tokens.
+  // The ring takes the listed key blocks, then the parts of H. What the loop needs of a block
+  // besides its bytes travels in `pending`, read when its copy is issued: the scale of K, negative
+  // for a block shorter than 64 tokens.
   int loaded = 0, load_part = linear ? 0 : C::kPartsH, next_j = count > 0 ? lut[0] : 0;
   float pending[C::kStages - 1];
   auto load_next = [&](int stage) {
@@ -94,15 +100,18 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
       if constexpr (C::kInt8) {
         scale = p.k_scale[static_cast<int64_t>(bh) * num_k_blocks + j];
         const int64_t record = static_cast<int64_t>(bh) * num_k_blocks + j;
-        load_image<C::kStageBytes, C::kThreads>(tile, static_cast<const char*>(p.records) + record * C::kStageBytes);
+        load_image<C::kStageBytes, C::kThreads>(
+            tile, static_cast<const char*>(p.records) + record * C::kStageBytes);
       } else {
         const int64_t token = static_cast<int64_t>(j) * kBlockK;
         const int valid = p.shape.seqlen - j * kBlockK;
-        load_wide_rows<C, kBlockK>(tile, head_base<Element>(p.k, bh, p.shape.num_heads) + token * p.k.stride_token,
-                                   p.k.stride_token, valid);
-        load_wide_rows<C, kBlockK>(tile + C::kKeyBytes,
-                                   head_base<Element>(p.v, bh, p.shape.num_heads) + token * p.v.stride_token,
-                                   p.v.stride_token, valid);
+        load_wide_rows<C, kBlockK>(
+            tile, head_base<Element>(p.k, bh, p.shape.num_heads) + token * p.k.stride_token,
+            p.k.stride_token, valid);
+        load_wide_rows<C, kBlockK>(
+            tile + C::kKeyBytes,
+            head_base<Element>(p.v, bh, p.shape.num_heads) + token * p.v.stride_token,
+            p.v.stride_token, valid);
       }
       pending[C::kStages - 2] = p.shape.seqlen - j * kBlockK < kBlockK ? -scale : scale;
       if (++loaded < count) next_j = lut[loaded];
@@ -130,9 +139,11 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     load_next(stage);
   }
   float score_scale = p.softmax_scale * kLog2e;
-  if constexpr (C::kInt8) score_scale *= quantize_query<C>(smem, scratch, q, p.q.stride_token, rows);
+  if constexpr (C::kInt8)
+    score_scale *= quantize_query<C>(smem, scratch, q, p.q.stride_token, rows);
 
-  // Sparse branch. In e4m3 P carries a factor that puts its upper end at 448 (row sums too, so that it cancels).
+  // Sparse branch. In e4m3 P carries a factor that puts its upper end at 448 (row sums too, so that
+  // it cancels).
   const float shift = C::kE4m3 ? 8.807354922057604f - kHeadroom : 0.f;  // log2(448) - kHeadroom
   OnlineSoftmax<C::kTilesM> softmax;
   softmax.init();
@@ -142,7 +153,9 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     cp_async_wait<C::kStages - 2>();
     __syncthreads();
   };
-  auto free_stage = [&] { return stage == 0 ? C::kStages - 1 : stage - 1; };  // all warps are done with it now
+  auto free_stage = [&] {
+    return stage == 0 ? C::kStages - 1 : stage - 1;
+  };  // all warps are done with it now
   auto release_stage = [&] { stage = stage == C::kStages - 1 ? 0 : stage + 1; };
   for (int position = 0; position < count; ++position) {
     const bool is_short = __float_as_int(pending[0]) < 0;
@@ -159,7 +172,15 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     float s[C::kTilesM][C::kTilesN][4];
     scores<C>(s, q_tile, k_tile);
     if (is_short) mask_columns(s, p.shape.seqlen % kBlockK);
-    softmax.update(s, block_scale, shift, acc);
+    float bias = 0.f;
+    if constexpr (C::kInt8) {
+      bias = kScoreBias;
+      if (!(block_scale < kFoldableScale)) {
+        subtract(s, kScoreBias);
+        bias = 0.f;
+      }
+    }
+    softmax.update(s, block_scale, shift, bias, acc);
     accumulate_values<C>(acc, s, k_tile + C::kKeyBytes);
     release_stage();
   }
@@ -170,7 +191,8 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
 
   // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
   float correction[C::kTilesM][2] = {};
-  if (needs_query) branch.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
+  if (needs_query)
+    branch.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
   if (p.lse != nullptr) {
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
@@ -187,8 +209,8 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     }
   }
 
-  // Row factors: acc becomes O_s alpha / f before the linear branch is added, and f times that is the output. Without
-  // a linear branch both are 1; with no block listed alpha is 0.
+  // Row factors: acc becomes O_s alpha / f before the linear branch is added, and f times that is
+  // the output. Without a linear branch both are 1; with no block listed alpha is 0.
   float alpha_over_f[C::kTilesM][2], f[C::kTilesM][2];
   if (linear) {
     wait_for_stage();  // Z came with the ring's first entry
@@ -205,8 +227,8 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
                                             (p.alpha_per_token ? row : block)];
           alpha = reciprocal_approx(1.f + exp2_approx(-kLog2e * logit));
         }
-        // Floors: a saturated alpha leaves f positive (its share of the output is below one float32 ulp), and an
-        // empty complement has H = 0, where 0 / 0 must give 0.
+        // Floors: a saturated alpha leaves f positive (its share of the output is below one float32
+        // ulp), and an empty complement has H = 0, where 0 / 0 must give 0.
         const float rest = max_nan(1.f - alpha, 5.9604645e-8f);
         const float total = max_nan(denominator[m][half], 1.17549435e-38f);
         f[m][half] = rest * reciprocal_approx(total);
@@ -221,8 +243,8 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     }
   }
 
-  // O_s = acc / l, times the channel scales of a quantised V: in this order values near the end of float32's range
-  // do not overflow
+  // O_s = acc / l, times the channel scales of a quantised V: in this order values near the end of
+  // float32's range do not overflow
   const bool save = p.out_sparse.data != nullptr;
   scale_rows<C>(acc, [&](int m, int half) {
     const float sum = softmax.row_sum[m][half];

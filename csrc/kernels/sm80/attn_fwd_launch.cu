@@ -7,7 +7,8 @@
 namespace sla2 {
 
 template <typename Element, int kHeadDim, int kQuant>
-cudaError_t launch_attn_fwd(const AttnParams& params);  // defined in attn_fwd.cuh, one instance per translation unit
+cudaError_t launch_attn_fwd(
+    const AttnParams& params);  // defined in attn_fwd.cuh, one instance per translation unit
 
 namespace {
 

@@ -9,16 +9,18 @@
 
 namespace sla2 {
 
-// kRows rows of 16-bit values as given by the caller into a swizzled tile; rows past `valid_rows` are zero.
+// kRows rows of 16-bit values as given by the caller into a swizzled tile; rows past `valid_rows`
+// are zero.
 template <class C, int kRows>
-__device__ __forceinline__ void load_wide_rows(uint32_t tile, const typename C::Element* x, int64_t stride_token,
-                                               int valid_rows) {
+__device__ __forceinline__ void load_wide_rows(uint32_t tile, const typename C::Element* x,
+                                               int64_t stride_token, int valid_rows) {
   constexpr int kChunks = C::kWideRowBytes / 16;
 #pragma unroll
   for (int i = 0; i < kRows * kChunks / C::kThreads; ++i) {
     const int item = i * C::kThreads + threadIdx.x, row = item / kChunks, chunk = item % kChunks;
     const bool valid = row < valid_rows;
-    cp_async_16(tile + swizzle<C::kWideRowBytes>(row, chunk), x + (valid ? row : 0) * stride_token + chunk * 8, valid);
+    cp_async_16(tile + swizzle<C::kWideRowBytes>(row, chunk),
+                x + (valid ? row : 0) * stride_token + chunk * 8, valid);
   }
 }
 
@@ -34,8 +36,9 @@ __device__ __forceinline__ void load_image(uint32_t tile, const void* source) {
 
 // Q of the block to int8 in shared memory, one scale for the block; returns the scale.
 template <class C>
-__device__ __forceinline__ float quantize_query(char* tile, float* scratch, const typename C::Element* q,
-                                                int64_t stride_token, int rows) {
+__device__ __forceinline__ float quantize_query(char* tile, float* scratch,
+                                                const typename C::Element* q, int64_t stride_token,
+                                                int rows) {
   constexpr int kLanesPerRow = C::kHeadDim / 8;
   constexpr int kRowsPerPass = C::kThreads / kLanesPerRow;
   constexpr int kPasses = kBlockQ / kRowsPerPass;
@@ -56,19 +59,28 @@ __device__ __forceinline__ float quantize_query(char* tile, float* scratch, cons
   for (int i = 0; i < kPasses; ++i) {
     float x[8];
     unpack8<typename C::Element>(packed[i], x);
-    const int offset = swizzle<C::kQueryRowBytes>(i * kRowsPerPass + row0, column / 16) + column % 16;
+    const int offset =
+        swizzle<C::kQueryRowBytes>(i * kRowsPerPass + row0, column / 16) + column % 16;
     *reinterpret_cast<uint2*>(tile + offset) = pack_int8x8(x, factor);
   }
   return amax / kInt8Max;
 }
 
-// S = Q K^T for the warp's 32 rows and the 64 keys of a block, as float.
+// int8 sums start at the bits of 1.5 * 2^23: the integer result then reads as a float, exactly, as
+// |S| < 2^22 (127 * 127 * 128), without a half-rate conversion.
+constexpr int kScoreBiasBits = 0x4b400000;
+constexpr float kScoreBias = 12582912.f;
+// Below this scale the bias may stay in the scores: folded into the exponent's addend it costs at
+// most 1e-3 in the exponent of a whole block, a thirtieth of one e4m3 rounding, and saves an FADD
+// per score.
+constexpr float kFoldableScale = 2e-3f;
+
+// S = Q K^T for the warp's 32 rows and the 64 keys of a block, as float; int8 scores include
+// kScoreBias.
 template <class C>
-__device__ __forceinline__ void scores(float (&s)[C::kTilesM][C::kTilesN][4], uint32_t q_tile, uint32_t k_tile) {
+__device__ __forceinline__ void scores(float (&s)[C::kTilesM][C::kTilesN][4], uint32_t q_tile,
+                                       uint32_t k_tile) {
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * C::kRowsPerWarp;
-  // int8 sums start at the bits of 1.5 * 2^23: the integer result then reads as a float, exactly, as |S| < 2^22
-  // (127 * 127 * 128). One FADD instead of a half-rate conversion.
-  constexpr int kBias = 0x4b400000;
   int acc[C::kTilesM][C::kTilesN][4];
 #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m) {
@@ -76,7 +88,7 @@ __device__ __forceinline__ void scores(float (&s)[C::kTilesM][C::kTilesN][4], ui
     for (int n = 0; n < C::kTilesN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        acc[m][n][e] = kBias;
+        acc[m][n][e] = kScoreBiasBits;
         if constexpr (!C::kInt8) s[m][n][e] = 0.f;
       }
     }
@@ -86,12 +98,14 @@ __device__ __forceinline__ void scores(float (&s)[C::kTilesM][C::kTilesN][4], ui
     uint32_t a[C::kTilesM][4];
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
-      ldmatrix_x4(a[m], q_tile + swizzle<C::kQueryRowBytes>(warp_row + 16 * m + lane % 16, chunk + lane / 16));
+      ldmatrix_x4(a[m], q_tile + swizzle<C::kQueryRowBytes>(warp_row + 16 * m + lane % 16,
+                                                            chunk + lane / 16));
     }
 #pragma unroll
     for (int n = 0; n < C::kTilesN; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, k_tile + swizzle<C::kQueryRowBytes>(8 * n + lane % 8 + lane / 16 * 8, chunk + lane / 8 % 2));
+      ldmatrix_x4(b, k_tile + swizzle<C::kQueryRowBytes>(8 * n + lane % 8 + lane / 16 * 8,
+                                                         chunk + lane / 8 % 2));
 #pragma unroll
       for (int m = 0; m < C::kTilesM; ++m) {
         if constexpr (C::kInt8) {
@@ -110,7 +124,7 @@ __device__ __forceinline__ void scores(float (&s)[C::kTilesM][C::kTilesN][4], ui
 #pragma unroll
       for (int n = 0; n < C::kTilesN; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) s[m][n][e] = __int_as_float(acc[m][n][e]) - __int_as_float(kBias);
+        for (int e = 0; e < 4; ++e) s[m][n][e] = __int_as_float(acc[m][n][e]);
       }
     }
   }
@@ -119,7 +133,8 @@ __device__ __forceinline__ void scores(float (&s)[C::kTilesM][C::kTilesN][4], ui
 // acc += P V for one key block.
 template <class C>
 __device__ __forceinline__ void accumulate_values(float (&acc)[C::kTilesM][C::kTilesD][4],
-                                                  const float (&p)[C::kTilesM][C::kTilesN][4], uint32_t v_tile) {
+                                                  const float (&p)[C::kTilesM][C::kTilesN][4],
+                                                  uint32_t v_tile) {
   if constexpr (C::kE4m3) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -128,16 +143,19 @@ __device__ __forceinline__ void accumulate_values(float (&acc)[C::kTilesM][C::kT
 #pragma unroll
       for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {  // register r: rows lane/4 + 8 (r % 2), keys 32k + 16 (r / 2) + ...
+        for (int r = 0; r < 4;
+             ++r) {  // register r: rows lane/4 + 8 (r % 2), keys 32k + 16 (r / 2) + ...
           const auto& left = p[m][4 * k + r / 2 * 2];
           const auto& right = p[m][4 * k + r / 2 * 2 + 1];
-          a[m][r] = pack_e4m3x4(left[r % 2 * 2], left[r % 2 * 2 + 1], right[r % 2 * 2], right[r % 2 * 2 + 1]);
+          a[m][r] = pack_e4m3x4(left[r % 2 * 2], left[r % 2 * 2 + 1], right[r % 2 * 2],
+                                right[r % 2 * 2 + 1]);
         }
       }
 #pragma unroll
       for (int d = 0; d < C::kTilesD; d += 2) {
         uint32_t b[4];
-        ldmatrix_x4(b, v_tile + swizzle<64>(8 * d + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        ldmatrix_x4(b,
+                    v_tile + swizzle<64>(8 * d + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
 #pragma unroll
         for (int m = 0; m < C::kTilesM; ++m) {
           mma<E4m3>(acc[m][d], a[m], b[0], b[1]);

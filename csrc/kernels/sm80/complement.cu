@@ -1,5 +1,5 @@
-// The linear branch's complement as one matrix product per head: H = (1 - M) h, Z = (1 - M) z (method step 6).
-// 2 T_m T_n (D^2 + 2D) operations whatever the sparsity, exact, no cancellation.
+// The linear branch's complement as one matrix product per head: H = (1 - M) h, Z = (1 - M) z
+// (method step 6). 2 T_m T_n (D^2 + 2D) operations whatever the sparsity, exact, no cancellation.
 // Heads go through in groups whose states stay in L2 between their production and this product.
 #include "../common/convert.cuh"
 #include "../common/layout.cuh"
@@ -11,16 +11,18 @@ namespace {
 
 constexpr int kMaskThreads = 128;
 
-// Bit of key block j in its 32-block word: even blocks in the low half, odd ones in the high half, so that one shift
-// and one AND make a bf16 pair of the two blocks that share an A register.
+// Bit of key block j in its 32-block word: even blocks in the low half, odd ones in the high half,
+// so that one shift and one AND make a bf16 pair of the two blocks that share an A register.
 __device__ __forceinline__ int mask_bit(int j) { return j % 32 / 2 + j % 2 * 16; }
 
 // One CTA: one row of the complement 1 - M as bits, 1 outside the list; bits past T_n are zero.
-__global__ void __launch_bounds__(kMaskThreads) complement_mask_kernel(const __grid_constant__ ComplementParams p) {
+__global__ void __launch_bounds__(kMaskThreads)
+    complement_mask_kernel(const __grid_constant__ ComplementParams p) {
   extern __shared__ uint32_t words[];
   const int num_words = mask_words(p.shape.num_k_blocks), pitch = mask_pitch(p.shape.num_q_blocks);
   const int64_t local_row = blockIdx.x;
-  uint32_t* mask = p.mask + local_row / p.shape.num_q_blocks * num_words * pitch + local_row % p.shape.num_q_blocks;
+  uint32_t* mask = p.mask + local_row / p.shape.num_q_blocks * num_words * pitch +
+                   local_row % p.shape.num_q_blocks;
   const int64_t list = static_cast<int64_t>(p.bh_begin) * p.shape.num_q_blocks + local_row;
   for (int i = threadIdx.x; i < num_words; i += kMaskThreads) {
     const int valid = max(0, min(32, p.shape.num_k_blocks - 32 * i));
@@ -33,22 +35,26 @@ __global__ void __launch_bounds__(kMaskThreads) complement_mask_kernel(const __g
     atomicAnd(&words[j / 32], ~(1u << mask_bit(j)));
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < num_words; i += kMaskThreads) mask[static_cast<int64_t>(i) * pitch] = words[i];
+  for (int i = threadIdx.x; i < num_words; i += kMaskThreads)
+    mask[static_cast<int64_t>(i) * pitch] = words[i];
 }
 
-// One CTA: a 128 x 128 tile of [H | Z]; 4 warps of 64 x 64; key blocks in steps of 64 through a cp.async ring. The A
-// operand is made in registers from the bit mask: loading it as bf16 doubled the traffic through L2, which bound
-// (5.9 TB/s on an H200). 128 x 256 tiles, one CTA an SM, were slower (3.47 against 2.88 ms, 40 heads of 75600 tokens).
+// One CTA: a 128 x 128 tile of [H | Z]; 4 warps of 64 x 64; key blocks in steps of 64 through a
+// cp.async ring. The A operand is made in registers from the bit mask: loading it as bf16 doubled
+// the traffic through L2, which bound (5.9 TB/s on an H200). 128 x 256 tiles, one CTA an SM, were
+// slower (3.47 against 2.88 ms, 40 heads of 75600 tokens).
 constexpr int kThreads = 128;
 constexpr int kTileM = 128, kTileN = 128, kTileK = 64;
 constexpr int kStages = 3;
 constexpr int kWordsK = kTileK / 32;
-constexpr int kBytesA = kTileM * kWordsK * 4, kBytesB = kTileK * kTileN * 2;  // two words a row; 16 KiB
+constexpr int kBytesA = kTileM * kWordsK * 4,
+              kBytesB = kTileK * kTileN * 2;  // two words a row; 16 KiB
 constexpr int kStageBytes = kBytesA + kBytesB;
 static_assert(kStages * kStageBytes >= kTileM * kTileN * 2, "the ring stages the output");
 
 template <int kHeadDim>
-__global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_constant__ ComplementParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    complement_kernel(const __grid_constant__ ComplementParams p) {
   extern __shared__ __align__(128) char smem[];
   constexpr int kColumns = state_elements(kHeadDim), kColumnsH = kHeadDim * kHeadDim;
   static_assert(kColumns % kTileN == 0 && kColumnsH % kTileN == 0, "tiles do not straddle H and Z");
@@ -62,20 +68,23 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
   const int words_k = mask_words(p.shape.num_k_blocks), steps = words_k / kWordsK;
   const int pitch = mask_pitch(p.shape.num_q_blocks);
   const uint32_t* mask = p.mask + static_cast<int64_t>(local_bh) * words_k * pitch + row0;
-  const uint16_t* state = p.state + static_cast<int64_t>(local_bh) * p.shape.num_k_blocks * kColumns + column0;
+  const uint16_t* state =
+      p.state + static_cast<int64_t>(local_bh) * p.shape.num_k_blocks * kColumns + column0;
   const uint32_t ring = smem_address(smem);
 
   auto load = [&](int step) {
     const uint32_t a = ring + step % kStages * kStageBytes, b = a + kBytesA;
     if (threadIdx.x < kBytesA / 16) {  // rows past T_m hold anything: their results are not stored
       const int word = threadIdx.x / (kTileM / 4), row = threadIdx.x % (kTileM / 4) * 4;
-      cp_async_16(a + threadIdx.x * 16, mask + static_cast<int64_t>(step * kWordsK + word) * pitch + row);
+      cp_async_16(a + threadIdx.x * 16,
+                  mask + static_cast<int64_t>(step * kWordsK + word) * pitch + row);
     }
 #pragma unroll
     for (int i = 0; i < kBytesB / 16 / kThreads; ++i) {
       const int item = i * kThreads + threadIdx.x, r = item / 16, chunk = item % 16;
       const bool valid = step * kTileK + r < p.shape.num_k_blocks;
-      const uint16_t* source = state + (valid ? static_cast<int64_t>(step * kTileK + r) * kColumns + chunk * 8 : 0);
+      const uint16_t* source =
+          state + (valid ? static_cast<int64_t>(step * kTileK + r) * kColumns + chunk * 8 : 0);
       cp_async_16(b + swizzle<kTileN * 2>(r, chunk), source, valid);
     }
   };
@@ -103,7 +112,8 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = warp_row + 16 * m + 8 * half + lane / 4;
-          words[m][half] = reinterpret_cast<const uint32_t*>(stage)[word * kTileM + row] >> (lane % 4);
+          words[m][half] =
+              reinterpret_cast<const uint32_t*>(stage)[word * kTileM + row] >> (lane % 4);
         }
       }
 #pragma unroll
@@ -113,8 +123,8 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
         for (int m = 0; m < 4; ++m) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            // Columns k + 8 (i / 2) + 2 (lane % 4) + {0, 1}. A set bit becomes 2.0, whose bf16 has a single bit; the
-            // store halves.
+            // Columns k + 8 (i / 2) + 2 (lane % 4) + {0, 1}. A set bit becomes 2.0, whose bf16 has
+            // a single bit; the store halves.
             const int pair = (k + i / 2 * 8) / 2;
             a[m][i] = (words[m][i % 2] << (14 - pair)) & 0x40004000u;
           }
@@ -123,7 +133,8 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
         for (int n = 0; n < 8; n += 2) {
           uint32_t b[4];
           const int row = 32 * word + k + lane % 16;
-          ldmatrix_x4_trans(b, b_tile + swizzle<kTileN * 2>(row, (warp_column + 8 * n) / 8 + lane / 16));
+          ldmatrix_x4_trans(
+              b, b_tile + swizzle<kTileN * 2>(row, (warp_column + 8 * n) / 8 + lane / 16));
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
             mma<__nv_bfloat16>(acc[m][n], a[m], b[0], b[1]);
@@ -149,11 +160,11 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
         const int column = warp_column + 8 * n + lane % 4 * 2;
         const float x0 = 0.5f * acc[m][n][2 * half], x1 = 0.5f * acc[m][n][2 * half + 1];
         if (is_h) {
-          *reinterpret_cast<uint32_t*>(smem + swizzle<kTileN * 2>(row, column / 8) + column % 8 * 2) =
-              Pair<__nv_bfloat16>::from_floats(x0, x1);
+          *reinterpret_cast<uint32_t*>(smem + swizzle<kTileN * 2>(row, column / 8) +
+                                       column % 8 * 2) = Pair<__nv_bfloat16>::from_floats(x0, x1);
         } else if (row0 + row < p.shape.num_q_blocks) {
-          *reinterpret_cast<float2*>(p.z + (first + row) * 2 * kHeadDim + column0 + column - kColumnsH) =
-              make_float2(x0, x1);
+          *reinterpret_cast<float2*>(p.z + (first + row) * 2 * kHeadDim + column0 + column -
+                                     kColumnsH) = make_float2(x0, x1);
         }
       }
     }
@@ -162,7 +173,8 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
   if (!is_h) return;
 #pragma unroll
   for (int i = 0; i < kTileM * kTileN / 8 / kThreads; ++i) {
-    const int item = i * kThreads + threadIdx.x, row = item / (kTileN / 8), chunk = item % (kTileN / 8);
+    const int item = i * kThreads + threadIdx.x, row = item / (kTileN / 8),
+              chunk = item % (kTileN / 8);
     if (row0 + row < p.shape.num_q_blocks) {
       *reinterpret_cast<uint4*>(p.h + (first + row) * kColumnsH + column0 + chunk * 8) =
           *reinterpret_cast<const uint4*>(smem + swizzle<kTileN * 2>(row, chunk));
@@ -173,8 +185,8 @@ __global__ void __launch_bounds__(kThreads, 2) complement_kernel(const __grid_co
 template <int kHeadDim>
 cudaError_t launch(const ComplementParams& p) {
   constexpr int kBytes = kStages * kStageBytes;
-  const cudaError_t status =
-      cudaFuncSetAttribute(complement_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t status = cudaFuncSetAttribute(
+      complement_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const int row_tiles = (p.shape.num_q_blocks + kTileM - 1) / kTileM;
   const dim3 grid(p.bh_count * row_tiles * (state_elements(kHeadDim) / kTileN));
