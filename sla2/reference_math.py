@@ -219,7 +219,8 @@ def quantize_per_block(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """
     values = x.float()
     amax = to_blocks(values, block).abs().amax(dim=(3, 4)).clamp_min(EPS)
-    factor = expand_rows(INT8_MAX / amax, block, x.shape[-2], -1)
+    # torch turns number / tensor into a product with the reciprocal, which rounds twice.
+    factor = expand_rows(torch.full_like(amax, INT8_MAX) / amax, block, x.shape[-2], -1)
     x8 = (values * factor[..., None]).round().clamp(-INT8_MAX, INT8_MAX)
     return x8.to(torch.int8), amax / INT8_MAX
 
@@ -236,7 +237,7 @@ def quantize_v_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = v.float()
     amax = values.abs().amax(dim=-2, keepdim=True).clamp_min(EPS)
-    return to_e4m3(values * (E4M3_MAX / amax)), amax / E4M3_MAX
+    return to_e4m3(values * (torch.full_like(amax, E4M3_MAX) / amax)), amax / E4M3_MAX
 
 
 def scale_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:

@@ -58,10 +58,21 @@ def sparse_backward(
         torch.bmm(grad, values.mT, out=ds).sub_(delta[rows]).mul_(p)
         # dV_j += P^T dO_s; a key block may be listed by many query blocks of the chunk.
         flat, block_shape = blocks.flatten(), (-1, *k.shape[1:])
-        dv.index_add_(0, flat, torch.bmm(p.mT, grad, out=values).view(block_shape))
+        add_blocks(dv, flat, torch.bmm(p.mT, grad, out=values).view(block_shape))
         # dQ_i += dS K_j scale; dK_j += dS^T (Q_i scale)
         dq[rows] += torch.bmm(ds, keys, out=grad).mul_(scale)
-        dk.index_add_(0, flat, torch.bmm(ds.mT, queries, out=keys).view(block_shape))
+        add_blocks(dk, flat, torch.bmm(ds.mT, queries, out=keys).view(block_shape))
+
+
+def add_blocks(total: Tensor, index: Tensor, blocks: Tensor) -> None:
+    """total[index] += blocks, in a fixed order, so that gradients repeat bit for bit.
+
+    On CUDA index_add_ adds in any order; index_put_ sorts the indices first.
+    """
+    if total.is_cuda:
+        total.index_put_((index,), blocks, accumulate=True)
+    else:
+        total.index_add_(0, index, blocks)
 
 
 @plain_math

@@ -75,7 +75,9 @@ def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     float32 holds every int32 sum of 128 such products exactly: 127 * 127 * 128 < 2^24.
     """
     amax = x.abs().amax((1, 2)).clamp_min_(EPS)
-    x8 = (x * (INT8_MAX / amax)[:, None, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
+    # torch turns number / tensor into a product with the reciprocal, which rounds twice.
+    factor = torch.full_like(amax, INT8_MAX) / amax
+    x8 = (x * factor[:, None, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
     return x8, amax / INT8_MAX
 
 
@@ -101,7 +103,8 @@ def quantize_values(v: Tensor, heads: int, quant: str) -> tuple[Tensor, float, T
     out = torch.zeros_like(v)
     rows = token_rows(v, heads, blocks)
     if quant == "int8_fp8":
-        low = (rows * (E4M3_MAX / amax)).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        scaled = rows * (torch.full_like(amax, E4M3_MAX) / amax)
+        low = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
         divisor, factor = E4M3_MAX, amax / E4M3_MAX
     else:
         exponent = torch.frexp(amax).exponent

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HEAD_DIMS, KERNEL_DTYPES, QUANTS, Case, Inputs, make_inputs
-from compare import EMULATION_FACTOR, FORWARD_FACTOR, check_forward, max_err
+from compare import EMULATION_FACTOR, FORWARD_FACTOR, check_forward, check_lse, max_err
 from gpu_tools import (
     DEVICE,
     GPU,
@@ -79,10 +79,9 @@ def test_saturated_softmax(dtype: torch.dtype, quant: str, head_dim: int) -> Non
     check(inputs, dense, quant)
 
 
-@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
-def test_saturated_softmax_of_large_keys(dtype: torch.dtype) -> None:
+def test_saturated_softmax_of_large_keys() -> None:
     """Logits of standard deviation 10,000, where float32 has no 1e-3 left for lse."""
-    inputs, dense = make(dtype)
+    inputs, dense = make(BF16)
     inputs.q, inputs.k = inputs.q * 100, inputs.k * 100
     check(inputs, dense, "none", lse=False)
 
@@ -128,7 +127,7 @@ def test_equal_logits(
     listed[..., -1] *= ((seqlen - 1) % 64 + 1) / 64
     keys = listed.sum(-1).repeat_interleave(128, -1)[..., :seqlen]
     assert got.lse is not None
-    torch.testing.assert_close(got.lse, keys.log())
+    check_lse(got.lse, keys.log())
 
 
 @pytest.mark.parametrize(("dtype", "quant"), MODES, ids=str)
@@ -202,7 +201,7 @@ def test_channel_near_the_end_of_float32(quant: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_denormal_values(quant: str) -> None:
-    """float16 subnormals, on whose fixed grid the result lies as well: half a step is its rounding."""
+    """float16 subnormals, on whose fixed grid the result lies too: half a step is its rounding."""
     inputs, dense = make(FP16)
     inputs.v = (inputs.v.float() * 1e-5).half()
     got = attend(inputs, dense, quant)
@@ -238,7 +237,7 @@ def test_one_hot_features(head_dim: int, logit: float) -> None:
     inputs.q[..., 0] = logit
     inputs.k[..., 1] = logit
     if logit == 60.0:
-        check(inputs, dense, "none", smooth_k=False, lse=False)
+        check(inputs, dense, "none", smooth_k=False)
     got = attend(inputs, dense, "none", smooth_k=False)
     assert got.o_l is not None and got.out is not None
     assert bool(got.o_l.isfinite().all()) and bool(got.out.isfinite().all())

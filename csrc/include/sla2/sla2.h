@@ -87,8 +87,8 @@ typedef struct sla2_router {
   int32_t num_kv_blocks;     // K, 1..T_n
 } sla2_router;
 
-// Lists of selected key blocks: ascending, distinct. Entries outside [0, T_n) are ignored by the
-// kernels, never followed.
+// Lists of selected key blocks: ascending, distinct. As an input any list is safe: it counts as the
+// set of its entries in [0, T_n), whatever their order; the others are never followed.
 typedef struct sla2_block_lists {
   uint16_t* lut;          // [B, H, T_m, K]
   int32_t* counts;        // [B, H, T_m], entries used of each list

@@ -72,7 +72,7 @@ struct SelectParams {
   cudaStream_t stream;
 };
 
-// The caller's lists with everything that names no key block left out.
+// The caller's lists made ascending and distinct, without entries that name no key block.
 struct CompactParams {
   Shape shape;
   const uint16_t* lut_in;  // [BH, T_m, K]

@@ -157,16 +157,17 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   }
 }
 
-// Floats as unsigned keys of the same order. NaN ranks lowest, so that a row always has K distinct
-// entries.
+// Floats as unsigned keys of the same order. NaN ranks above +inf, as in torch, so that a row
+// always has K entries.
+constexpr uint32_t kPinnedKey = 0xffffffffu;
+constexpr uint32_t kNanKey = 0xfffffffeu;
 __device__ __forceinline__ uint32_t order_key(float x) {
   const uint32_t bits = __float_as_uint(x);
-  if (x != x) return 0u;
+  if (x != x) return kNanKey;
   return bits ^ ((bits >> 31) != 0u ? 0xffffffffu : 0x80000000u);
 }
 
 constexpr int kSelectWarps = 4;
-constexpr uint32_t kPinnedKey = 0xffffffffu;  // above the key of +inf
 
 __host__ __device__ constexpr int padded_keys(int num_keys) { return (num_keys + 3) / 4 * 4; }
 
@@ -261,23 +262,32 @@ __global__ void select_kernel(const __grid_constant__ SelectParams p) {
 
 constexpr int kCompactWarps = 4;
 
-// One warp: one list.
+// One warp: one list. A bit per key block makes any list ascending and distinct, whatever the
+// caller put into it.
 __global__ void __launch_bounds__(kCompactWarps * 32)
     compact_kernel(const __grid_constant__ CompactParams p) {
-  const int lane = threadIdx.x % 32;
+  extern __shared__ uint32_t listed_storage[];
+  const int lane = threadIdx.x % 32, num_words = (p.shape.num_k_blocks + 31) / 32;
+  uint32_t* listed = listed_storage + threadIdx.x / 32 * num_words;
   const int64_t list = static_cast<int64_t>(blockIdx.x) * kCompactWarps + threadIdx.x / 32;
   if (list >= static_cast<int64_t>(p.shape.num_bh) * p.shape.num_q_blocks) return;
-  const int count = min(max(p.counts_in[list], 0), p.max_kv_blocks);
+  for (int w = lane; w < num_words; w += 32) listed[w] = 0u;
+  __syncwarp();
+  const int count = min(p.counts_in[list], p.max_kv_blocks);
+  for (int i = lane; i < count; i += 32) {
+    const int j = p.lut_in[list * p.max_kv_blocks + i];
+    if (j < p.shape.num_k_blocks) atomicOr(&listed[j / 32], 1u << (j % 32));
+  }
+  __syncwarp();
+
+  uint16_t* lut = p.lut + list * p.max_kv_blocks;
   int written = 0;
-  for (int i0 = 0; i0 < count; i0 += 32) {
-    const int j =
-        i0 + lane < count ? p.lut_in[list * p.max_kv_blocks + i0 + lane] : p.shape.num_k_blocks;
-    const bool valid = j < p.shape.num_k_blocks;
-    const uint32_t mask = __ballot_sync(0xffffffffu, valid);
-    if (valid)
-      p.lut[list * p.max_kv_blocks + written + __popc(mask & ((1u << lane) - 1u))] =
-          static_cast<uint16_t>(j);
-    written += __popc(mask);
+  for (int w = 0; w < num_words; ++w) {
+    const uint32_t word = listed[w];
+    if ((word >> lane & 1u) != 0u) {
+      lut[written + __popc(word & ((1u << lane) - 1u))] = static_cast<uint16_t>(32 * w + lane);
+    }
+    written += __popc(word);
   }
   if (lane == 0) p.counts[list] = written;
 }
@@ -287,7 +297,9 @@ __global__ void __launch_bounds__(kCompactWarps * 32)
 cudaError_t launch_compact(const CompactParams& p) {
   const int64_t lists = static_cast<int64_t>(p.shape.num_bh) * p.shape.num_q_blocks;
   const dim3 grid(static_cast<unsigned>((lists + kCompactWarps - 1) / kCompactWarps));
-  compact_kernel<<<grid, kCompactWarps * 32, 0, p.stream>>>(p);
+  const int bytes =
+      kCompactWarps * ((p.shape.num_k_blocks + 31) / 32) * static_cast<int>(sizeof(uint32_t));
+  compact_kernel<<<grid, kCompactWarps * 32, bytes, p.stream>>>(p);
   return cudaGetLastError();
 }
 
