@@ -279,7 +279,9 @@ def resolve_num_kv_blocks(topk: float, num_kv_blocks: int | None, shape: Shape) 
         )
     if shape.seqlen == 0:
         return 0
-    return torch.sym_max(1, torch.sym_int(topk * t_n))
+    count = torch.sym_int(topk * t_n)
+    # Under torch.compile max() is symbolic by itself, and torch 2.11 cannot trace sym_max of ints.
+    return torch.sym_max(1, count) if isinstance(count, torch.SymInt) else max(1, count)
 
 
 def check_scale(scale: float | None, shape: Shape) -> float:

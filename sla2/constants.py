@@ -14,6 +14,7 @@ EPS: Final = 1e-30
 """Lower bound of every quantiser's amax and of the linear branch's denominator."""
 
 E4M3_MAX: Final = 448.0
+E4M3_P_FACTOR: Final = 256.0  # of P in (0, 1]; a power of two, so that p itself is what rounds
 """Largest finite value of the fp8 format e4m3."""
 
 INT8_MAX: Final = 127

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .constants import BLOCK_K, BLOCK_Q, E4M3_MAX, EPS
+from .constants import BLOCK_K, BLOCK_Q, E4M3_P_FACTOR, EPS
 from .reference_math import (
     LN_2,
     LOG2_E,
@@ -96,7 +96,7 @@ def attend_quantized(s2: Tensor, v: Tensor, channel: Tensor, quant: str) -> tupl
 
     m = ceil(rowmax s2), p = 2^(s2 - m), l = sum p (unrounded), lse = ln2 (m + log2 l). The integer
     m makes the rounding of p independent of the order in which the key blocks are visited.
-    int8_fp8:  O = (e4m3(448 p) V8) / (448 l) (a_c / 448)
+    int8_fp8:  O = (e4m3(256 p) V8) / (256 l) (a_c / 448)
     int8_fp16: O = (fp16(p) V16) / l 2^e_c
     """
     row_max = s2.amax(dim=-1, keepdim=True).ceil()
@@ -105,9 +105,9 @@ def attend_quantized(s2: Tensor, v: Tensor, channel: Tensor, quant: str) -> tupl
     row_sum = p.sum(dim=-1, keepdim=True).where(listed, 1.0)
     lse = LN_2 * (row_max + row_sum.log2())
     if quant == "int8_fp8":
-        p8 = to_e4m3(E4M3_MAX * p).float()
+        p8 = to_e4m3(E4M3_P_FACTOR * p).float()
         # Divided first: times a_c, the sum over the keys could leave float32.
-        o = (p8 @ v) / (E4M3_MAX * row_sum) * channel
+        o = (p8 @ v) / (E4M3_P_FACTOR * row_sum) * channel
     else:
         o = scale_by_power_of_two((p.half().float() @ v) / row_sum, channel)
     return o, lse.squeeze(-1)

@@ -198,7 +198,7 @@ def sparse_row_quantized(t: int, q8: tuple, k8: tuple, v8: tuple, row: Array, op
     row_sum = sum(p)
     lse = math.log(2.0) * (m + math.log2(row_sum))
     if opt.quant == "int8_fp8":
-        low = [e4m3(float(f32(448) * f32(x))) / 448 for x in p]
+        low = [e4m3(float(f32(256) * f32(x))) / 256 for x in p]
     else:
         low = [float(np.float16(x)) for x in p]
     acc = sum(x * v8[0][j] for x, j in zip(low, listed, strict=True))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..constants import BLOCK_K, BLOCK_Q, E4M3_MAX, EPS, INT8_MAX
+from ..constants import BLOCK_K, BLOCK_Q, E4M3_MAX, E4M3_P_FACTOR, EPS, INT8_MAX
 from .layout import (
     BlockLists,
     Scratch,
@@ -95,7 +95,7 @@ def round_e4m3_(x: Tensor, work: Tensor) -> Tensor:
 def quantize_values(v: Tensor, heads: int, quant: str) -> tuple[Tensor, float, Tensor]:
     """V8 or V16 as float32, shaped like v (G * T_n + 1, BLOCK_K, D), and its two scales.
 
-    O_s = (P_low V_low) / (divisor l) * factor, factor (G, 1, D). "int8_fp8": 448 and a_c / 448;
+    O_s = (P_low V_low) / (divisor l) * factor, factor (G, 1, D). "int8_fp8": 256 and a_c / 448;
     "int8_fp16": 2^e_c, as 1/2 and 2^(e_c - 1) because e_c may be 128.
     """
     blocks = (v.shape[0] - 1) // heads
@@ -105,7 +105,7 @@ def quantize_values(v: Tensor, heads: int, quant: str) -> tuple[Tensor, float, T
     if quant == "int8_fp8":
         scaled = rows * (torch.full_like(amax, E4M3_MAX) / amax)
         low = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        divisor, factor = E4M3_MAX, amax / E4M3_MAX
+        divisor, factor = E4M3_P_FACTOR, amax / E4M3_MAX
     else:
         exponent = torch.frexp(amax).exponent
         # In two steps: 2^128, which values near float32's end ask for, is no float32.
@@ -143,7 +143,7 @@ def sparse_forward_low_bit(
         p.sub_(row_max).exp2_()
         row_sum = p.sum(-1, keepdim=True)
         if quant == "int8_fp8":
-            round_e4m3_(p.mul_(E4M3_MAX), scratch("work", *p.shape))
+            round_e4m3_(p.mul_(E4M3_P_FACTOR), scratch("work", *p.shape))
         else:
             p.copy_(p.to(torch.float16))
         values = gather(v_low, blocks, scratch, "kv")

@@ -62,10 +62,11 @@ def check_case(case: Case, **options: Any) -> None:
     """The whole operation, its map, and each branch alone on that map."""
     inputs = inputs_of(case)
     router = {name: options.pop(name) for name in ("pinned_kv",) if name in options}
-    kwargs = {**inputs.kwargs, **options, **router}
+    kwargs: dict[str, Any] = {**inputs.kwargs, **options, **router}
     out, aux = sla2.sla2_attention(*inputs.qkv, return_aux=True, **kwargs)
     assert out.shape == case.shape and out.dtype == case.dtype and out.is_contiguous()
     block_map = aux.block_map
+    assert isinstance(block_map, sla2.BlockMap)
     block_map.validate()
     assert bool((block_map.counts == case.num_kv_blocks).all())
 
@@ -297,6 +298,23 @@ def test_selection_in_groups_of_heads() -> None:
         check_selection(dense[:, one], scores, count)
 
 
+@pytest.mark.parametrize("quant", ["none", "int8_fp8"])
+def test_states_in_groups_of_heads(quant: str) -> None:
+    """More linear states than one group holds: one head of 1744 blocks takes 58 MB of 64."""
+    need_memory_on_gpu(24)
+    n, heads, d, count = 111600, 3, 128, 3
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (
+        torch.randn(1, n, heads, d, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    eye, alpha = torch.eye(d, device=DEVICE), torch.zeros(heads, 872, device=DEVICE)
+    inputs = Inputs(q, settled_keys(k), v, eye, eye, alpha, {})
+    block_map = sla2.route(q, inputs.k, proj_q=eye, proj_k=eye, num_kv_blocks=count)
+    got = run_parts(inputs, block_map, quant=quant, layout="BNHD")
+    check_parts(Problem(*inputs.qkv, block_map.to_dense(), alpha), got, quant)
+
+
 def tied_keys(t_n: int, seqlen: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Keys (1, N, 1, 64) whose block scores against e_0 are small integers, and these (T_n,)."""
     values = torch.randint(-2, 3, (t_n,), generator=generator)
@@ -332,7 +350,9 @@ def test_pinned_blocks_are_always_listed(pinned: list[int]) -> None:
     case = Case(2, 2600, 2, 64, "1", torch.bfloat16)
     inputs = make_inputs(case, DEVICE)
     index = torch.tensor(pinned, device=DEVICE)
-    options = {"proj_q": inputs.proj_q, "proj_k": inputs.proj_k, "pinned_kv": index}
+    options: dict[str, Any] = {
+        "proj_q": inputs.proj_q, "proj_k": inputs.proj_k, "pinned_kv": index,
+    }  # fmt: skip
     scores = exact_scores(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k)
     for count in (len(pinned), len(pinned) + 5, case.num_k_blocks):
         block_map = sla2.route(inputs.q, inputs.k, num_kv_blocks=count, **options)

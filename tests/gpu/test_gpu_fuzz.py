@@ -117,7 +117,14 @@ def test_random_problems(problem: dict[str, Any]) -> None:
         Problem(q, k, v, block_map.to_dense(), inputs.alpha_logit, options), got, case.quant
     )
     if problem["routed"]:
-        kwargs = {**inputs.kwargs, **options, "num_kv_blocks": block_map.num_kv_blocks}
+        assert got.out is not None
+        kwargs: dict[str, Any] = {
+            **inputs.kwargs,
+            **options,
+            "num_kv_blocks": block_map.num_kv_blocks,
+        }
         out, aux = sla2.sla2_attention(*inputs.qkv, return_aux=True, **kwargs)
-        assert got.out is not None and same_bits(ops.bnhd(out, case.layout), got.out)
+        assert isinstance(aux.block_map, sla2.BlockMap) and same_bits(
+            ops.bnhd(out, case.layout), got.out
+        )
         assert same_bits(aux.block_map.lut, block_map.lut)

@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import HEAD_DIMS, KERNEL_DTYPES, QUANTS, Case, Inputs, make_inputs
-from compare import EMULATION_FACTOR, FORWARD_FACTOR, check_forward, check_lse, max_err
+from compare import (
+    EMULATION_FACTOR,
+    FORWARD_FACTOR,
+    check_forward,
+    check_lse,
+    max_err,
+    rounding_atol,
+)
 from gpu_tools import (
     DEVICE,
     GPU,
@@ -24,6 +31,7 @@ from gpu_tools import (
 from torch import Tensor
 
 import sla2
+from sla2.reference_branches import alpha_per_token
 
 pytestmark = GPU
 
@@ -51,13 +59,14 @@ def attend(inputs: Inputs, dense: Tensor, quant: str, **options: Any) -> Parts:
 
 
 def check(
-    inputs: Inputs, dense: Tensor, quant: str, *, lse: bool = True, apart: int | None = None,
-    **options: Any,
+    inputs: Inputs, dense: Tensor, quant: str, *, lse: bool = True, linear: bool = True,
+    apart: int | None = None, **options: Any,
 ) -> Parts:  # fmt: skip
     """Against the reference. In float16 the sparse branch alone: the linear one, computed in
     bfloat16, is compared where the output is bfloat16."""
     got = attend(inputs, dense, quant, **options)
-    compared = got if inputs.q.dtype == BF16 else got._replace(out=None, o_l=None)
+    linear = linear and inputs.q.dtype == BF16
+    compared = got if linear else got._replace(out=None, o_l=None)
     if not lse:
         compared = compared._replace(lse=None)
     problem = Problem(*inputs.qkv, dense, inputs.alpha_logit, options)
@@ -80,10 +89,14 @@ def test_saturated_softmax(dtype: torch.dtype, quant: str, head_dim: int) -> Non
 
 
 def test_saturated_softmax_of_large_keys() -> None:
-    """Logits of standard deviation 10,000, where float32 has no 1e-3 left for lse."""
+    """Logits of standard deviation 10,000, where float32 has no 1e-3 left for lse.
+
+    The linear branch is finite and no more: phi of both q and k is one-hot, and where no unlisted
+    key has a query's feature its weights are ratios of numbers below float32's smallest.
+    """
     inputs, dense = make(BF16)
     inputs.q, inputs.k = inputs.q * 100, inputs.k * 100
-    check(inputs, dense, "none", lse=False)
+    check(inputs, dense, "none", lse=False, linear=False)
 
 
 def _zero_queries(x: Inputs) -> None:
@@ -242,6 +255,11 @@ def test_one_hot_features(head_dim: int, logit: float) -> None:
     assert got.o_l is not None and got.out is not None
     assert bool(got.o_l.isfinite().all()) and bool(got.out.isfinite().all())
     assert got.o_l.abs().max().item() <= 1.01 * inputs.v.abs().max().item()
+    # However small the denominator, the output keeps its share of the sparse branch.
+    assert got.o_s is not None
+    alpha = alpha_per_token(inputs.alpha_logit, 3, SEQLEN, 128, torch.float32).T[..., None]
+    blend = alpha * got.o_s.float() + (1 - alpha) * got.o_l.float()
+    assert max_err(got.out, blend) <= rounding_atol(blend, BF16)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -256,14 +274,18 @@ def test_not_finite(name: str, value: float, quant: str, whole_row: bool) -> Non
     columns = slice(None) if whole_row else 5
     getattr(inputs, name)[1, SEQLEN // 2, 1, columns] = value
     out, after = sla2.sla2_attention(*inputs.qkv, return_aux=True, **inputs.kwargs)
+    assert isinstance(aux.block_map, sla2.BlockMap) and isinstance(after.block_map, sla2.BlockMap)
     after.block_map.validate()
     assert not bool(out[1, :, 1].isfinite().all())
+    every = torch.ones(2, 3, T_M, T_N, dtype=torch.bool, device=DEVICE)
+    o_s = attend(inputs, every, quant).o_s
+    assert o_s is not None and not bool(o_s[1, :, 1].isfinite().all())
     others = torch.ones(2, 3, dtype=torch.bool, device=DEVICE)
     others[1, 1] = False
     assert same_bits(out.transpose(1, 2)[others], clean.transpose(1, 2)[others])
     assert same_bits(after.lse[others], aux.lse[others])
-    lists = [x.block_map.lut.to(torch.int32)[others] for x in (after, aux)]
-    assert same_bits(*lists)
+    got, expected = (x.lut.to(torch.int32)[others] for x in (after.block_map, aux.block_map))
+    assert same_bits(got, expected)
 
 
 # ---- T10: degenerate problems -------------------------------------------------------------------
@@ -316,7 +338,8 @@ def test_all_blocks_are_dense_attention(dtype: torch.dtype, seqlen: int) -> None
         topk=1.0, return_aux=True,
     )  # fmt: skip
     assert isinstance(aux.block_map, sla2.BlockMap) and aux.sparsity == 0.0
-    exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in inputs.qkv))
+    q, k, v = (x.double().transpose(1, 2) for x in inputs.qkv)
+    exact = F.scaled_dot_product_attention(q, k, v)
     dense = aux.block_map.to_dense()
     low = Problem(*inputs.qkv, dense, inputs.alpha_logit).low_precision()
     assert dense.all() and low.out is not None
@@ -344,6 +367,8 @@ HOSTILE = {
     "count one too large": (lists, [1, 3, 7], 4, [1, 3, 7], 3),
     "count negative": (lists, [1, 3, 7], -1, [1, 3, 7], 0),
     "count most negative": (lists, [1, 3, 7], -(2**31), [1, 3, 7], 0),
+    "repeated": (lists, [2, 2, 2, 5, 5, 0, 2], 7, [0, 2, 5, 0, 0, 0, 0], 3),
+    "descending": (lists, [7, 3, 1], 3, [1, 3, 7], 3),
     "as wide as all blocks": (
         lists, [0, 1, 2, 4, 5, 6, 7, 0xFFFF], T_N, [0, 1, 2, 4, 5, 6, 7, 0], T_N - 1
     ),
@@ -357,7 +382,7 @@ HOSTILE = {
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_hostile_block_map(kind: str, quant: str, head_dim: int) -> None:
-    """Entries that name no block are ignored, the valid ones count: the bits of the clean map."""
+    """A list counts as the set of its entries that name a block: the bits of the clean map."""
     inputs = make_inputs(Case(2, SEQLEN, 3, head_dim, "2", BF16), DEVICE)
     build, rows, count, clean_rows, clean_count = HOSTILE[kind]
     hostile, clean = build(rows, count), build(clean_rows, clean_count)
@@ -372,7 +397,7 @@ def test_hostile_block_map(kind: str, quant: str, head_dim: int) -> None:
         assert same_bits(a, b), name
 
 
-@pytest.mark.parametrize("kind", ["past the end", "in between", "count too large"])
+@pytest.mark.parametrize("kind", ["past the end", "in between", "count too large", "repeated"])
 def test_gradient_with_a_hostile_block_map(kind: str) -> None:
     inputs = make_inputs(Case(2, SEQLEN, 3, 64, "2", BF16), DEVICE)
     build, rows, count, _, _ = HOSTILE[kind]
@@ -384,12 +409,3 @@ def test_gradient_with_a_hostile_block_map(kind: str) -> None:
     assert isinstance(out, Tensor)
     for grad in torch.autograd.grad(out.float().square().sum(), leaves):
         assert bool(grad.isfinite().all()) and bool(grad.any())
-
-
-@pytest.mark.parametrize("quant", QUANTS)
-def test_repeated_blocks_are_harmless(quant: str) -> None:
-    """A list must be distinct; one that is not has some finite result."""
-    inputs = make_inputs(Case(2, SEQLEN, 3, 64, "2", BF16), DEVICE)
-    block_map = lists([2, 2, 2, 5, 5, 0, 2], 7)
-    for x in run_parts(inputs, block_map, quant=quant, layout="BNHD"):
-        assert x is not None and bool(x.isfinite().all())

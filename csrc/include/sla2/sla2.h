@@ -127,8 +127,8 @@ typedef struct sla2_attn_fwd_params {
       out_sparse;  // [B, N, H, D], optional: the sparse branch alone, saved for the backward pass
   float* lse;      // [B, H, N], optional: log-sum-exp of the sparse branch's logits, natural log,
                    // of smoothed K; -inf for a row without any listed block
-  const float* alpha_logit;  // alpha = sigmoid(.), read at [head * alpha_stride_head + block or
-                             // token]; may be null when branch is not BOTH
+  const float* alpha_logit;   // alpha = sigmoid(.), read at [head * alpha_stride_head + block or
+                              // token]; may be null when branch is not BOTH
   int64_t alpha_stride_head;  // T_m or N, or 0 when all heads share it
   int32_t alpha_per_token;    // 0: one value per query block, 1: one per token
   sla2_router router;         // proj_q null: `lists` is an input; otherwise it is an output

@@ -142,9 +142,9 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   if constexpr (C::kInt8)
     score_scale *= quantize_query<C>(smem, scratch, q, p.q.stride_token, rows);
 
-  // Sparse branch. In e4m3 P carries a factor that puts its upper end at 448 (row sums too, so that
-  // it cancels).
-  const float shift = C::kE4m3 ? 8.807354922057604f - kHeadroom : 0.f;  // log2(448) - kHeadroom
+  // Sparse branch. In e4m3 P carries the factor 2^8 (row sums too, so that it cancels), less the
+  // headroom.
+  const float shift = C::kE4m3 ? 8.f - kHeadroom : 0.f;
   OnlineSoftmax<C::kTilesM> softmax;
   softmax.init();
   float acc[C::kTilesM][C::kTilesD][4] = {};
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     float block_scale = score_scale;
     if constexpr (C::kInt8) {
       // The floor keeps -inf * scale from being NaN in all-zero blocks.
-      block_scale = max_nan(block_scale * fabsf(pending[0]), 1e-37f);
+      block_scale = cut_scale(max_nan(block_scale * fabsf(pending[0]), 1e-37f));
     }
 #pragma unroll
     for (int i = 0; i + 1 < C::kStages - 1; ++i) pending[i] = pending[i + 1];
@@ -245,32 +245,37 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
 
   // O_s = acc / l, times the channel scales of a quantised V: in this order values near the end of
   // float32's range do not overflow
-  const bool save = p.out_sparse.data != nullptr;
-  scale_rows<C>(acc, [&](int m, int half) {
-    const float sum = softmax.row_sum[m][half];
-    const float inverse = sum == 0.f ? 0.f : reciprocal_approx(sum);
-    return save ? inverse : inverse * alpha_over_f[m][half];
-  });
-  if constexpr (C::kInt8) {
-    if (count > 0) {
-      const float* v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
+  float inverse_sum[C::kTilesM][2];
 #pragma unroll
-      for (int d = 0; d < C::kTilesD; ++d) {
-        const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
+  for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
-        for (int m = 0; m < C::kTilesM; ++m) {
+    for (int half = 0; half < 2; ++half) {
+      const float sum = softmax.row_sum[m][half];
+      inverse_sum[m][half] = sum == 0.f ? 0.f : reciprocal_approx(sum);
+    }
+  }
+  const float* v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
 #pragma unroll
-          for (int e = 0; e < 4; ++e) acc[m][d][e] *= e % 2 == 0 ? scale.x : scale.y;
-        }
+  for (int d = 0; d < C::kTilesD; ++d) {
+    float2 scale = make_float2(1.f, 1.f);
+    if constexpr (C::kInt8) {
+      if (count > 0) scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
+    }
+#pragma unroll
+    for (int m = 0; m < C::kTilesM; ++m) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        acc[m][d][e] *= inverse_sum[m][e / 2];
+        if constexpr (C::kInt8) acc[m][d][e] *= e % 2 == 0 ? scale.x : scale.y;
       }
     }
   }
-  if (save) {
+  if (p.out_sparse.data != nullptr) {
     store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem);
-    scale_rows<C>(acc, [&](int m, int half) { return alpha_over_f[m][half]; });
   }
 
   // Linear branch
+  scale_rows<C>(acc, [&](int m, int half) { return alpha_over_f[m][half]; });
   if (linear) {
 #pragma unroll 1
     for (int part = 0; part < C::kPartsH; ++part) {

@@ -70,10 +70,13 @@ __device__ __forceinline__ float quantize_query(char* tile, float* scratch,
 // |S| < 2^22 (127 * 127 * 128), without a half-rate conversion.
 constexpr int kScoreBiasBits = 0x4b400000;
 constexpr float kScoreBias = 12582912.f;
-// Below this scale the bias may stay in the scores: folded into the exponent's addend it costs at
-// most 1e-3 in the exponent of a whole block, a thirtieth of one e4m3 rounding, and saves an FADD
-// per score.
-constexpr float kFoldableScale = 2e-3f;
+// The bias may stay in the scores and be folded into the exponent's addend, which saves an FADD per
+// score. It is exact when bias * scale is: the bias is 3 * 2^22, so a scale cut to 21 bits leaves a
+// bit for the row maximum, an integer, as long as the product has fractional bits left.
+constexpr float kFoldableScale = 0.25f;
+__device__ __forceinline__ float cut_scale(float scale) {
+  return __uint_as_float(__float_as_uint(scale) & ~7u);
+}
 
 // S = Q K^T for the warp's 32 rows and the 64 keys of a block, as float; int8 scores include
 // kScoreBias.

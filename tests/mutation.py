@@ -1,0 +1,328 @@
+"""Do the tests notice? Seeds faults into a copy of the kernels, one at a time, and runs the tests.
+
+    python tests/mutation.py --output mutation.json            # all of them
+    python tests/mutation.py --only "tail mask dropped"
+    python tests/mutation.py --part 1/3                        # a third, for a time limit
+    python tests/mutation.py --list
+
+Needs an NVIDIA GPU, nvcc, cmake, ninja, pybind11 and the test requirements. The tree itself is not
+touched. For each fault the tests that should notice run first; if they pass, the fault's fallback.
+The exit code is 1 where a fault survives, or where a test fails without any fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+KERNELS = "csrc/kernels"
+FORWARD, MEMORY, VALUES, RUNTIME, SANITIZER = (
+    f"tests/gpu/test_gpu_{name}.py"
+    for name in ("forward", "memory", "values", "runtime", "sanitizer")
+)
+INSTANCES = f"{FORWARD}::test_instance"
+RACES = (f"{SANITIZER}::test_tool_reports_nothing[racecheck]",)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old`, which occurs once in `file`, becomes `new`; `tests` should notice, or `fallback`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = (INSTANCES,)
+    fallback: tuple[str, ...] = ()
+
+
+ATTENTION = f"{KERNELS}/sm80/attn_fwd.cuh"
+SOFTMAX = f"{KERNELS}/common/softmax.cuh"
+COMPLEMENT = f"{KERNELS}/sm80/complement.cu"
+STATE = f"{KERNELS}/portable/linear_state.cu"
+POOL = f"{KERNELS}/portable/pool.cu"
+ROUTER = f"{KERNELS}/portable/router.cu"
+CONVERT = f"{KERNELS}/common/convert.cuh"
+
+FAULTS = (
+    Fault(
+        "tail mask dropped", ATTENTION,
+        "if (is_short) mask_columns(s, p.shape.seqlen % kBlockK);", "",
+    ),
+    Fault(
+        "one listed block too few", ATTENTION,
+        "const int listed = p.counts[list];", "const int listed = p.counts[list] - 1;",
+    ),
+    Fault(
+        "32-bit batch offset", CONVERT,
+        "(bh / num_heads) * view.stride_batch",
+        "static_cast<int>((bh / num_heads) * view.stride_batch)",
+        (f"{MEMORY}::test_strides_beyond_2_to_31",),
+    ),
+    Fault(
+        "barrier of the ring skipped", ATTENTION,
+        "cp_async_wait<C::kStages - 2>();\n    __syncthreads();",
+        "cp_async_wait<C::kStages - 2>();",
+        (INSTANCES, f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
+    ),
+    Fault(
+        "wait for the ring's copies too short", ATTENTION,
+        "cp_async_wait<C::kStages - 2>();", "cp_async_wait<C::kStages - 1>();",
+        (INSTANCES, f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
+    ),
+    Fault(
+        "barrier of the pooling skipped", POOL,
+        "__syncthreads();  // the previous reduction has been read", "",
+        (f"{FORWARD}::test_router_scores", f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
+    ),
+    Fault(
+        "last row not written", ATTENTION,
+        "if (row < rows) {", "if (row < rows - 1) {",
+        (f"{MEMORY}::test_what_memory_held_does_not_matter",),
+    ),
+    Fault(
+        "scale of V inverted", POOL,
+        "scales[0] = is_e4m3 ? amax / kE4m3Max : power;",
+        "scales[0] = is_e4m3 ? kE4m3Max / amax : 1.f / power;",
+    ),
+    Fault(
+        "scale of another key block", ATTENTION,
+        "scale = p.k_scale[static_cast<int64_t>(bh) * num_k_blocks + j];",
+        "scale = p.k_scale[static_cast<int64_t>(bh) * num_k_blocks];",
+    ),
+    Fault(
+        "eps of V's scale missing", POOL,
+        "amax = fmaxf(amax, kQuantEps);", "",
+        (f"{VALUES}::test_constant_channel", f"{VALUES}::test_zero_values"),
+    ),
+    Fault(
+        "floor of the score scale missing", ATTENTION,
+        "max_nan(block_scale * fabsf(pending[0]), 1e-37f)", "block_scale * fabsf(pending[0])",
+        (f"{VALUES}::test_equal_logits",),
+    ),
+    Fault(
+        "row sums not rescaled", SOFTMAX,
+        "row_sum[m][half] *= rescale;", "",
+        (f"{VALUES}::test_saturated_softmax",),
+    ),
+    Fault(
+        "maximum that loses NaN", CONVERT,
+        'asm("max.NaN.f32 %0, %1, %2;"', 'asm("max.f32 %0, %1, %2;"',
+        (f"{VALUES}::test_not_finite",),
+    ),
+    Fault(
+        "ties to the highest index", ROUTER,
+        "(equal && __popc(equal_mask & lanes_below) < equal_left)",
+        "(equal && __popc(equal_mask & ~lanes_below) <= equal_left)",
+        (f"{FORWARD}::test_ties_go_to_the_lowest_index",),
+    ),
+    Fault(
+        "mean of a short query block", POOL,
+        "sum / tokens;", "sum / kBlockQ;",
+        (f"{FORWARD}::test_router_scores",),
+    ),
+    Fault(
+        "mean of a short key block", ROUTER,
+        "x = x / min(kBlockK, p.shape.seqlen - (first + r) * kBlockK) - mean;",
+        "x = x / kBlockK - mean;",
+        (f"{FORWARD}::test_router_scores",),
+    ),
+    Fault(
+        "list entries followed blindly", ROUTER,
+        "if (j < p.shape.num_k_blocks) atomicOr(", "atomicOr(",
+        (f"{VALUES}::test_hostile_block_map",),
+        (f"{SANITIZER}::test_tool_reports_nothing[memcheck]",),
+    ),
+    Fault(
+        "lse not corrected for smoothing", ATTENTION,
+        "lse - correction[m][half] * p.softmax_scale", "lse",
+    ),
+    Fault(
+        "block left in the complement", COMPLEMENT,
+        "atomicAnd(&words[j / 32], ~(1u << mask_bit(j)));",
+        "if (j % 8 != 5) atomicAnd(&words[j / 32], ~(1u << mask_bit(j)));",
+        (f"{FORWARD}::test_given_map",),
+    ),
+    Fault(
+        "states of another group of heads", COMPLEMENT,
+        "const int64_t first = static_cast<int64_t>(p.bh_begin + local_bh)",
+        "const int64_t first = static_cast<int64_t>(local_bh)",
+        (f"{FORWARD}::test_states_in_groups_of_heads",),
+    ),
+    Fault(
+        "phi of tokens past the end", STATE,
+        "r < tokens ? reciprocal_approx(sum) : 0.f", "reciprocal_approx(sum)",
+    ),
+    Fault(
+        "phi_input ignored", STATE,
+        "if (p.phi_raw_k) unpack8<Element>(key_bits[i], x);", "",
+        (f"{FORWARD}::test_options",),
+    ),
+    Fault(
+        "alpha of the block for every token", ATTENTION,
+        "(p.alpha_per_token ? row : block)", "block",
+        (f"{FORWARD}::test_given_map",),
+    ),
+    Fault(
+        "a kernel on the legacy stream", COMPLEMENT,
+        "<<<grid, kMaskThreads, bytes, p.stream>>>", "<<<grid, kMaskThreads, bytes, 0>>>",
+        (
+            f"{RUNTIME}::test_every_kernel_is_on_the_current_stream",
+            f"{RUNTIME}::test_side_stream_waits_for_its_producer",
+            f"{RUNTIME}::test_graph_replays_with_other_inputs",
+        ),
+    ),
+)  # fmt: skip
+
+
+def patched(fault: Fault, text: str) -> str:
+    """The file's text with the fault; ValueError unless `old` occurs exactly once."""
+    if text.count(fault.old) != 1:
+        raise ValueError(
+            f"{fault.name!r}: its text occurs {text.count(fault.old)} times in {fault.file}; "
+            "adapt the fault to the changed source"
+        )
+    return text.replace(fault.old, fault.new)
+
+
+class Copy:
+    """A copy of the tree with a build of its own."""
+
+    def __init__(self, folder: Path, archs: str) -> None:
+        self.root = folder / "sla2"
+        self.log = folder / "log.txt"
+        skipped = (".git", "build", "dist", "__pycache__", ".*cache", "_C*.so", "_build_info.py")
+        shutil.copytree(REPOSITORY, self.root, ignore=shutil.ignore_patterns(*skipped))
+        options = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "SLA2_BUILD_PYTHON": "ON",
+            "SLA2_CUDA_ARCHS": archs,
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": self._output(sys.executable, "-m", "pybind11", "--cmakedir"),
+        }
+        command = ["cmake", "-S", ".", "-B", "build", "-G", "Ninja"]
+        self._run(*command, *(f"-D{name}={value}" for name, value in options.items()))
+
+    def _output(self, *command: str) -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    def _run(self, *command: str) -> None:
+        done = subprocess.run(
+            command, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.log.write_text(done.stdout)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command[:3])} failed:\n{done.stdout[-3000:]}")
+
+    def build(self) -> None:
+        """Compiles what changed; the module lands beside the copied Python files."""
+        self._run("cmake", "--build", "build")
+        self._run("cmake", "--install", "build", "--prefix", str(self.root))
+
+    def failures(self, tests: Sequence[str], timeout: int, *, all_of_them: bool) -> list[str]:
+        """Names of the tests that failed; by default the first one is enough."""
+        environment = {**os.environ, "PYTHONPATH": str(self.root)}
+        options = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+        if not all_of_them:
+            options.append("--maxfail=1")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", *options, *tests], cwd=self.root, env=environment,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return [f"{tests[0]}: no end within {timeout} s"]
+        self.log.write_text(done.stdout)
+        names = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        if done.returncode == 0:
+            if not re.search(r"\d+ passed", done.stdout):
+                raise RuntimeError(f"no test ran; is there a GPU?\n{done.stdout[-2000:]}")
+            return []
+        if done.returncode == 1 or done.returncode < 0:  # failed tests, or the process died
+            return names or [f"{tests[0]}: exit code {done.returncode}"]
+        raise RuntimeError(f"pytest could not run:\n{done.stdout[-3000:]}")
+
+
+def try_fault(copy: Copy, fault: Fault, timeout: int) -> dict[str, Any]:
+    """Seeds one fault, builds, runs its tests, and takes it out again."""
+    started = time.perf_counter()
+    path = copy.root / fault.file
+    original = path.read_text()
+    caught: list[str] = []
+    try:
+        path.write_text(patched(fault, original))
+        copy.build()
+        for tests in (fault.tests, fault.fallback):
+            if tests and not caught:
+                caught = copy.failures(tests, timeout, all_of_them=False)
+    finally:
+        path.write_text(original)
+    return {
+        "fault": fault.name,
+        "file": fault.file,
+        "caught": bool(caught),
+        "caught_by": caught,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="write the results here, as JSON")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these faults alone")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N parts")
+    parser.add_argument("--archs", default="", help="SLA2_CUDA_ARCHS (default: the local GPU)")
+    parser.add_argument("--timeout", type=int, default=580, help="seconds for a run of tests (580)")
+    parser.add_argument("--skip-baseline", action="store_true", help="do not run without a fault")
+    parser.add_argument("--list", action="store_true", help="print the faults and stop")
+    options = parser.parse_args()
+    unknown = set(options.only or ()) - {fault.name for fault in FAULTS}
+    if unknown:
+        parser.error(f"no fault is named {sorted(unknown)}; --list shows the names")
+    chosen = [fault for fault in FAULTS if not options.only or fault.name in options.only]
+    part = re.fullmatch(r"(\d+)/(\d+)", options.part)
+    if part is None or not 1 <= int(part[1]) <= int(part[2]):
+        parser.error(f"--part is {options.part!r}; allowed are 1/N to N/N")
+    chosen = chosen[int(part[1]) - 1 :: int(part[2])]
+    if options.list:
+        for fault in chosen:
+            print(f"{fault.name}: {fault.file}")
+        return 0
+
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="sla2-mutation-") as folder:
+        copy = Copy(Path(folder), options.archs)
+        if not options.skip_baseline:
+            copy.build()
+            tests = sorted({test for fault in chosen for test in fault.tests})
+            failed = copy.failures(tests, options.timeout, all_of_them=True)
+            if failed:
+                print("these tests fail without any fault:", *failed, sep="\n  ")
+                return 1
+        for fault in chosen:
+            results.append(try_fault(copy, fault, options.timeout))
+            verdict = results[-1]["caught_by"][:1] or "SURVIVED"
+            print(f"{results[-1]['seconds']:7.1f} s  {fault.name}: {verdict}", flush=True)
+            if options.output is not None:
+                options.output.write_text(json.dumps(results, indent=1) + "\n")
+    survived = [result["fault"] for result in results if not result["caught"]]
+    print(f"{len(results) - len(survived)} of {len(results)} faults were caught")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
