@@ -96,12 +96,12 @@ def test_no_register_spills(sass: dict[str, dict[str, list[str]]]) -> None:
     """None between the products of the main loop; around it a few that run once per CTA.
 
     The head_dim 128 kernels use all 255 registers, and ptxas parks some of the prologue's and
-    epilogue's values: at most 64 accesses are allowed (52 seen).
+    epilogue's values: at most 40 accesses are allowed (24 seen).
     """
     spills = {}
     for arch, functions in sass.items():
         for name, code in attention_kernels(functions).items():
             inside, total = local_memory(main_loop(code)), local_memory(code)
-            if inside > 0 or total > 64:
+            if inside > 0 or total > 40:
                 spills[f"sm_{arch} {name}"] = (inside, total)
     assert spills == {}

@@ -12,12 +12,13 @@
 
 namespace sla2 {
 
-// The warp's rows of accumulators to `view`, 16 rows at a time through the warp's own part of
-// `staging`.
-template <class C>
+// The warp's rows of accumulators, times a factor per row and one per channel (null: 1), to `view`,
+// 16 rows at a time through the warp's own part of `staging`.
+template <class C, typename RowFactor>
 __device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTilesD][4],
                                            const TensorView& view, int bh, int num_heads, int row0,
-                                           int rows, char* staging) {
+                                           int rows, char* staging, RowFactor row_factor,
+                                           const float* channel_factor) {
   using Element = typename C::Element;
   constexpr int kChunks = C::kWideRowBytes / 16;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -28,12 +29,18 @@ __device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTi
   for (int m = 0; m < C::kTilesM; ++m) {
     __syncwarp();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int d = 0; d < C::kTilesD; ++d) {
+      float2 channel = make_float2(1.f, 1.f);
+      if (channel_factor != nullptr) {
+        channel = *reinterpret_cast<const float2*>(channel_factor + 8 * d);
+      }
 #pragma unroll
-      for (int d = 0; d < C::kTilesD; ++d) {
+      for (int half = 0; half < 2; ++half) {
+        const float row = row_factor(m, half);
         *reinterpret_cast<uint32_t*>(staging + swizzle<C::kWideRowBytes>(8 * half + lane / 4, d) +
                                      lane % 4 * 4) =
-            Pair<Element>::from_floats(acc[m][d][2 * half], acc[m][d][2 * half + 1]);
+            Pair<Element>::from_floats(acc[m][d][2 * half] * row * channel.x,
+                                       acc[m][d][2 * half + 1] * row * channel.y);
       }
     }
     __syncwarp();
@@ -243,39 +250,37 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     }
   }
 
-  // O_s = acc / l, times the channel scales of a quantised V: in this order values near the end of
-  // float32's range do not overflow
-  float inverse_sum[C::kTilesM][2];
-#pragma unroll
-  for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float sum = softmax.row_sum[m][half];
-      inverse_sum[m][half] = sum == 0.f ? 0.f : reciprocal_approx(sum);
-    }
+  // Row factors first, then the channel scales of a quantised V: in this order values near the end
+  // of float32's range do not overflow. O_s itself is made only where it is asked for; the output
+  // has the same bits either way.
+  auto inverse_sum = [&](int m, int half) {
+    const float sum = softmax.row_sum[m][half];
+    return sum == 0.f ? 0.f : reciprocal_approx(sum);
+  };
+  const float* v_scale = nullptr;
+  if constexpr (C::kInt8) {
+    v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
+    if (count == 0) v_scale = nullptr;
   }
-  const float* v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
+  if (p.out_sparse.data != nullptr) {
+    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem, inverse_sum, v_scale);
+  }
+  scale_rows<C>(acc, [&](int m, int half) { return inverse_sum(m, half) * alpha_over_f[m][half]; });
+  if constexpr (C::kInt8) {
+    if (v_scale != nullptr) {
 #pragma unroll
-  for (int d = 0; d < C::kTilesD; ++d) {
-    float2 scale = make_float2(1.f, 1.f);
-    if constexpr (C::kInt8) {
-      if (count > 0) scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
-    }
+      for (int d = 0; d < C::kTilesD; ++d) {
+        const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
 #pragma unroll
-    for (int m = 0; m < C::kTilesM; ++m) {
+        for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        acc[m][d][e] *= inverse_sum[m][e / 2];
-        if constexpr (C::kInt8) acc[m][d][e] *= e % 2 == 0 ? scale.x : scale.y;
+          for (int e = 0; e < 4; ++e) acc[m][d][e] *= e % 2 == 0 ? scale.x : scale.y;
+        }
       }
     }
   }
-  if (p.out_sparse.data != nullptr) {
-    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem);
-  }
 
   // Linear branch
-  scale_rows<C>(acc, [&](int m, int half) { return alpha_over_f[m][half]; });
   if (linear) {
 #pragma unroll 1
     for (int part = 0; part < C::kPartsH; ++part) {
@@ -284,9 +289,10 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
       branch.accumulate(acc, ring + stage * C::kStageBytes);
       release_stage();
     }
-    scale_rows<C>(acc, [&](int m, int half) { return f[m][half]; });
   }
-  store_rows<C>(acc, p.out, bh, p.shape.num_heads, row0, rows, smem);
+  store_rows<C>(
+      acc, p.out, bh, p.shape.num_heads, row0, rows, smem,
+      [&](int m, int half) { return f[m][half]; }, nullptr);
 }
 
 template <typename Element, int kHeadDim, int kQuant>
