@@ -191,10 +191,31 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     accumulate_values<C>(acc, s, k_tile + C::kKeyBytes);
     release_stage();
   }
+  if (count == 0) {  // nothing has waited for Q yet, and its bytes are about to stage the output
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+
+  softmax.finish();
+
+  // O_s is acc / l times the channel scales of a quantised V; in this order values near the end of
+  // float32's range do not overflow. It is made only where it is asked for, and on the fly: the
+  // output has the same bits either way.
+  auto inverse_sum = [&](int m, int half) {
+    const float sum = softmax.row_sum[m][half];
+    return sum == 0.f ? 0.f : reciprocal_approx(sum);
+  };
+  const float* v_scale = nullptr;
+  if constexpr (C::kInt8) {
+    v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
+    if (count == 0) v_scale = nullptr;
+  }
+  if (p.out_sparse.data != nullptr) {
+    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem, inverse_sum, v_scale);
+  }
   LinearBranch<C> branch;
   const bool needs_query = linear || (!C::kInt8 && p.lse != nullptr);
   if (needs_query) branch.load(q, p.q.stride_token, rows);
-  softmax.finish();
 
   // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
   float correction[C::kTilesM][2] = {};
@@ -250,21 +271,6 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     }
   }
 
-  // Row factors first, then the channel scales of a quantised V: in this order values near the end
-  // of float32's range do not overflow. O_s itself is made only where it is asked for; the output
-  // has the same bits either way.
-  auto inverse_sum = [&](int m, int half) {
-    const float sum = softmax.row_sum[m][half];
-    return sum == 0.f ? 0.f : reciprocal_approx(sum);
-  };
-  const float* v_scale = nullptr;
-  if constexpr (C::kInt8) {
-    v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
-    if (count == 0) v_scale = nullptr;
-  }
-  if (p.out_sparse.data != nullptr) {
-    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem, inverse_sum, v_scale);
-  }
   scale_rows<C>(acc, [&](int m, int half) { return inverse_sum(m, half) * alpha_over_f[m][half]; });
   if constexpr (C::kInt8) {
     if (v_scale != nullptr) {
