@@ -22,7 +22,8 @@ BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 INTRODUCTION = (
     "Written by `python bench/readme_table.py` from `bench/results/*.json`. Milliseconds per call, "
     "routing included:\nmedian (lowest to highest); the other columns are medians of other "
-    "attention in the same run, on the same inputs."
+    "attention in the same run, on the same inputs; flex is\nFlexAttention with the block map "
+    "given, the sparse branch alone, without routing or a linear branch."
 )
 NOTHING = (
     "No measurement of this version is recorded there yet; `sla2 bench --peers --output "

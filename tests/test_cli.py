@@ -219,7 +219,7 @@ def test_selftest_catches_a_wrong_gradient(
         return right(q + 0.1 * (q - q.detach()), k, v, **options)
 
     monkeypatch.setattr(sla2, "sla2_attention", wrong)
-    code, report = selftest_json(capsys, "--filter", "bf16 none K 1/4 gradient")
+    code, report = selftest_json(capsys, "--filter", "bf16 none K 1/9 gradient")
     failed = {check["name"] for check in report["results"][0]["checks"] if not check["passed"]}
     assert code == 1 and "dq rel L2" in failed and "dk rel L2" not in failed
 
@@ -231,7 +231,7 @@ def test_an_exception_is_a_failure_and_the_table_goes_on(
         raise RuntimeError("launch failed")
 
     monkeypatch.setattr(sla2, "route", broken)
-    code, report = selftest_json(capsys, "--filter", "N193 D64 bf16 none")
+    code, report = selftest_json(capsys, "--filter", "N520 D64 bf16 none")
     assert code == 1 and report["failed"] == len(report["results"]) == 2
     assert report["results"][0]["error"] == "RuntimeError: launch failed"
 

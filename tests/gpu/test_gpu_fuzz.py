@@ -39,7 +39,8 @@ PROBLEMS = st.fixed_dictionaries(
         "strides": st.tuples(*[st.sampled_from(STRIDES)] * 3),
         "smooth_k": st.booleans(),
         "phi_input": st.sampled_from(("smoothed", "raw")),
-        "scale": st.sampled_from((None, 0.02, 0.25)),
+        # Larger scales make single P values decide a row, and in e4m3 these may round either way.
+        "scale": st.sampled_from((None, 0.02, 0.1)),
         "key_offset": st.sampled_from((0.0, 1.0, 5.0)),
         "seed": st.integers(0, 2**20),
     }
