@@ -203,7 +203,7 @@ class Copy:
     def __init__(self, folder: Path, archs: str) -> None:
         self.root = folder / "sla2"
         self.log = folder / "log.txt"
-        skipped = (".git", "build", "dist", "__pycache__", ".*cache", "_C*.so", "_build_info.py")
+        skipped = (".*", "build", "dist", "__pycache__", "_C*.so", "_build_info.py")
         shutil.copytree(REPOSITORY, self.root, ignore=shutil.ignore_patterns(*skipped))
         options = {
             "CMAKE_BUILD_TYPE": "Release",
