@@ -113,20 +113,19 @@ typedef struct sla2_route_params {
 typedef struct sla2_attn_fwd_params {
   size_t size;
   sla2_shape shape;
-  int32_t quant;        // sla2_quant
-  int32_t branch;       // sla2_branch
-  int32_t path;         // sla2_path
-  int32_t phi_raw_k;    // 1: the feature map of the linear branch sees K as given, not smoothed
-  int32_t smooth_k;     // 1: subtract the mean over tokens from K (method step 1)
-  float softmax_scale;  // usually 1 / sqrt(D)
-  sla2_tensor q;        // [B, N, H, D]
-  sla2_tensor k;        // [B, N, H, D]
-  sla2_tensor v;        // [B, N, H, D]
-  sla2_tensor out;      // [B, N, H, D]
-  sla2_tensor
-      out_sparse;  // [B, N, H, D], optional: the sparse branch alone, saved for the backward pass
-  float* lse;      // [B, H, N], optional: log-sum-exp of the sparse branch's logits, natural log,
-                   // of smoothed K; -inf for a row without any listed block
+  int32_t quant;           // sla2_quant
+  int32_t branch;          // sla2_branch
+  int32_t path;            // sla2_path
+  int32_t phi_raw_k;       // 1: the feature map of the linear branch sees K as given, not smoothed
+  int32_t smooth_k;        // 1: subtract the mean over tokens from K (method step 1)
+  float softmax_scale;     // usually 1 / sqrt(D)
+  sla2_tensor q;           // [B, N, H, D]
+  sla2_tensor k;           // [B, N, H, D]
+  sla2_tensor v;           // [B, N, H, D]
+  sla2_tensor out;         // [B, N, H, D]
+  sla2_tensor out_sparse;  // [B, N, H, D], optional: the sparse branch alone, for a backward pass
+  float* lse;  // [B, H, N], optional: log-sum-exp of the sparse branch's logits, natural log,
+               // of smoothed K; -inf for a row without any listed block
   const float* alpha_logit;   // alpha = sigmoid(.), read at [head * alpha_stride_head + block or
                               // token]; may be null when branch is not BOTH
   int64_t alpha_stride_head;  // T_m or N, or 0 when all heads share it

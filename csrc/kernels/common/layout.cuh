@@ -8,8 +8,8 @@ namespace sla2 {
 
 constexpr int kBlockQ = 128;
 constexpr int kBlockK = 64;
-constexpr float kQuantEps =
-    1e-30f;  // keeps 127 / amax and 448 / amax finite for all-zero blocks and channels
+// Keeps 127 / amax and 448 / amax finite for all-zero blocks and channels.
+constexpr float kQuantEps = 1e-30f;
 constexpr float kInt8Max = 127.f;
 constexpr float kE4m3Max = 448.f;
 
@@ -26,14 +26,11 @@ __device__ __forceinline__ int swizzle(int row, int chunk) {
   }
 }
 
-// One record per (head, key block), written once by the quantiser, loaded by plain contiguous
-// copies:
-//   K image  int8 [64 tokens][D], rows swizzled
-//   V image  int8_fp8: e4m3 [D][64 tokens], tokens permuted within each 16 so that the accumulators
-//   of
-//            Q K^T are the A operand of P V as they stand: bytes 4t..4t+3 hold tokens 2t, 2t+1,
-//            8+2t, 8+2t+1; int8_fp16: fp16 [64 tokens][D]; rows swizzled
-// Tokens past the end are zero.
+// One record per (head, key block), written once by the quantiser, loaded by contiguous copies: a K
+// image, int8 [64 tokens][D], then a V image, all rows swizzled, tokens past the end zero. V is
+//   int8_fp8:  e4m3 [D][64 tokens], tokens permuted within each 16 (bytes 4t..4t+3 hold tokens 2t,
+//              2t+1, 8+2t, 8+2t+1): the accumulators of Q K^T are then the A operand of P V
+//   int8_fp16: fp16 [64 tokens][D]
 template <int kHeadDim, int kValueBytes>
 struct KvRecord {
   static constexpr int kKeyBytes = kBlockK * kHeadDim;

@@ -35,9 +35,9 @@ struct ReduceParams {
   const float* k_sum;           // [BH, T_n, D] or null
   const float* v_amax_partial;  // [BH, T_m, D] or null
   float* k_mean;                // [BH, D]; zeros when smooth is 0
-  float*
-      v_scale;  // [BH, 2, D]: amax / 448 (int8_fp8) or the power of two above amax (int8_fp16),
-                // then its inverse (448 / amax as such: bf16 inputs tie often, one ulp would show)
+  // [BH, 2, D]: amax / 448 (int8_fp8) or the power of two above amax (int8_fp16), then its inverse
+  // (448 / amax as such: bf16 inputs tie often, and one ulp would show).
+  float* v_scale;
   int smooth;
   int quant;
   cudaStream_t stream;

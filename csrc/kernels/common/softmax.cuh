@@ -4,8 +4,8 @@
 // The running maximum is an integer in log2 units, so P differs from exp(S - max) by a power of
 // two: its rounding to e4m3 or fp16 does not depend on the order in which key blocks arrive, and
 // rescaling is exact. It is also lazy: the maximum may be exceeded by kHeadroom before the
-// accumulators are rescaled, which after the first block is rare (a third of all blocks with no
-// headroom, 35 blocks of Gaussian scores).
+// accumulators are rescaled, which makes that rare after the first block (attention 9.11 -> 8.88 ms
+// on an H200, int8_fp8, 40 heads of 75600 tokens).
 #pragma once
 
 #include "convert.cuh"
@@ -14,7 +14,6 @@
 namespace sla2 {
 
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kRowMaxInit = -1e30f;  // finite: exp2(kRowMaxInit - m) is 0, never NaN
 constexpr float kHeadroom = 2.f;       // P <= 2^kHeadroom
 

@@ -13,7 +13,6 @@ namespace sla2 {
 namespace {
 
 constexpr int kStateThreads = 256;
-constexpr float kLog2e = 1.4426950408889634f;
 
 template <int kHeadDim>
 struct StateSmem {
