@@ -190,10 +190,12 @@ def _route_cuda(
         q, k = _kernel_input(bnhd(q, layout)), _kernel_input(bnhd(k, layout))
         proj_q, proj_k, pinned_kv = _router_tensors(proj_q, proj_k, pinned_kv)
         shape = (b, n, h, d, _DTYPES[q.dtype])
-        size = ext.route_workspace(shape=shape, max_kv_blocks=num_kv_blocks)
+        path = _PATHS[_path.get()]
+        size = ext.route_workspace(shape=shape, path=path, max_kv_blocks=num_kv_blocks)
         workspace = q.new_empty((size,), dtype=torch.uint8)
         ext.route(
             shape=shape,
+            path=path,
             smooth_k=smooth_k,
             q=_operand(q),
             k=_operand(k),

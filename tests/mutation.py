@@ -47,14 +47,25 @@ class Fault:
     tests: tuple[str, ...] = (INSTANCES,)
     fallback: tuple[str, ...] = ()
 
+    @property
+    def path(self) -> str:
+        """SLA2_PATH of the tests: the kernels that hold the fault must run for it to show."""
+        return "sm90" if "kernels/sm90/" in self.file else "portable"
+
 
 ATTENTION = f"{KERNELS}/sm80/attn_fwd.cuh"
+OUTPUT = f"{KERNELS}/common/attn_output.cuh"
 SOFTMAX = f"{KERNELS}/common/softmax.cuh"
 COMPLEMENT = f"{KERNELS}/sm80/complement.cu"
 STATE = f"{KERNELS}/portable/linear_state.cu"
 POOL = f"{KERNELS}/portable/pool.cu"
 ROUTER = f"{KERNELS}/portable/router.cu"
 CONVERT = f"{KERNELS}/common/convert.cuh"
+LAYOUT = f"{KERNELS}/common/layout.cuh"
+ATTENTION_SM90 = f"{KERNELS}/sm90/attn_fwd.cuh"
+ROUTE_SM90 = f"{KERNELS}/sm90/router.cu"
+SELECT_SM90 = f"{KERNELS}/sm90/router_select.cuh"
+SPLIT_SM90 = f"{KERNELS}/sm90/router_split.cuh"
 
 FAULTS = (
     Fault(
@@ -88,7 +99,7 @@ FAULTS = (
         (f"{FORWARD}::test_router_scores", f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
     ),
     Fault(
-        "last row not written", ATTENTION,
+        "last row not written", OUTPUT,
         "if (row < rows) {", "if (row < rows - 1) {",
         (f"{MEMORY}::test_what_memory_held_does_not_matter",),
     ),
@@ -146,8 +157,8 @@ FAULTS = (
         (f"{SANITIZER}::test_tool_reports_nothing[memcheck]",),
     ),
     Fault(
-        "lse not corrected for smoothing", ATTENTION,
-        "lse - correction[m][half] * p.softmax_scale", "lse",
+        "lse not corrected for smoothing", OUTPUT,
+        "value - correction[m][half] * p.softmax_scale", "value",
     ),
     Fault(
         "block left in the complement", COMPLEMENT,
@@ -171,9 +182,38 @@ FAULTS = (
         (f"{FORWARD}::test_options",),
     ),
     Fault(
-        "alpha of the block for every token", ATTENTION,
+        "alpha of the block for every token", OUTPUT,
         "(p.alpha_per_token ? row : block)", "block",
         (f"{FORWARD}::test_given_map",),
+    ),
+    Fault(
+        "short block not masked, Hopper", ATTENTION_SM90,
+        "const int valid = min(kBlockK, p.shape.seqlen - "
+        "listed_block<C>(p, smem, count - 1) * kBlockK);",
+        "const int valid = kBlockK;",
+    ),
+    Fault(
+        "scale of another slot of the ring, Hopper", ATTENTION_SM90,
+        "(smem + C::kScales)[entry % C::kStagesK]", "(smem + C::kScales)[0]",
+    ),
+    Fault(
+        "features of H in another order", LAYOUT,
+        "f / 4 % 2 * 16 + f / 2 % 2 * 8", "f / 4 % 2 * 8 + f / 2 % 2 * 16",
+    ),
+    Fault(
+        "listed blocks left in the complement, Hopper", ROUTE_SM90,
+        "atomicAnd(&bits[column / 32 * kRows + row], ~(1u << mask_bit(column)));", "",
+    ),
+    Fault(
+        "ties to the highest index, Hopper", SELECT_SM90,
+        "__popc(equal & lanes_below) < equal_left", "__popc(equal & ~lanes_below) <= equal_left",
+        (f"{FORWARD}::test_ties_go_to_the_lowest_index",),
+    ),
+    Fault(
+        "low part of the router's rows lost", SPLIT_SM90,
+        "Pair<__half>::from_floats(x0 - high.x, x1 - high.y);",
+        "Pair<__half>::from_floats(0.f, 0.f);",
+        (f"{FORWARD}::test_router_scores",),
     ),
     Fault(
         "a kernel on the legacy stream", COMPLEMENT,
@@ -231,9 +271,11 @@ class Copy:
         self._run("cmake", "--build", "build")
         self._run("cmake", "--install", "build", "--prefix", str(self.root))
 
-    def failures(self, tests: Sequence[str], timeout: int, *, all_of_them: bool) -> list[str]:
+    def failures(
+        self, tests: Sequence[str], timeout: int, *, path: str, all_of_them: bool
+    ) -> list[str]:
         """Names of the tests that failed; by default the first one is enough."""
-        environment = {**os.environ, "PYTHONPATH": str(self.root)}
+        environment = {**os.environ, "PYTHONPATH": str(self.root), "SLA2_PATH": path}
         options = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
         if not all_of_them:
             options.append("--maxfail=1")
@@ -266,7 +308,7 @@ def try_fault(copy: Copy, fault: Fault, timeout: int) -> dict[str, Any]:
         copy.build()
         for tests in (fault.tests, fault.fallback):
             if tests and not caught:
-                caught = copy.failures(tests, timeout, all_of_them=False)
+                caught = copy.failures(tests, timeout, path=fault.path, all_of_them=False)
     finally:
         path.write_text(original)
     return {
@@ -308,8 +350,10 @@ def main() -> int:
         copy = Copy(Path(folder), options.archs)
         if not options.skip_baseline:
             copy.build()
-            tests = sorted({test for fault in chosen for test in fault.tests})
-            failed = copy.failures(tests, options.timeout, all_of_them=True)
+            failed = []
+            for path in sorted({fault.path for fault in chosen}):
+                tests = sorted({t for fault in chosen if fault.path == path for t in fault.tests})
+                failed += copy.failures(tests, options.timeout, path=path, all_of_them=True)
             if failed:
                 print("these tests fail without any fault:", *failed, sep="\n  ")
                 return 1

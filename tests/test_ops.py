@@ -403,12 +403,13 @@ class Recorder:
         return 256
 
     def route(
-        self, *, shape: Any, smooth_k: Any, q: Any, k: Any, router: Any, lists: Any, scores: Any,
-        workspace: Any, stream: Any,
+        self, *, shape: Any, path: Any, smooth_k: Any, q: Any, k: Any, router: Any, lists: Any,
+        scores: Any, workspace: Any, stream: Any,
     ) -> None:  # fmt: skip
         self.calls["route"] = {n: x for n, x in locals().items() if n != "self"}
 
-    def route_workspace(self, *, shape: Any, max_kv_blocks: Any) -> int:
+    def route_workspace(self, *, shape: Any, path: Any, max_kv_blocks: Any) -> int:
+        self.calls["route_workspace"] = {"path": path, "max_kv_blocks": max_kv_blocks}
         return 512
 
 
@@ -463,8 +464,11 @@ def test_arguments_without_router_and_of_route(recorder: Recorder) -> None:
     assert call["options"] == (0, 2, 0, False, False, 0.125)
     assert call["alpha"] is None and call["router"] is None and call["out_sparse"] is None
     assert out_sparse.numel() == 0
-    lut, counts = ops._route_cuda(i.q, i.k, i.proj_q, i.proj_k, None, 4, False, "BNHD")
+    with ops.kernel_path("sm90"):
+        lut, counts = ops._route_cuda(i.q, i.k, i.proj_q, i.proj_k, None, 4, False, "BNHD")
     call = recorder.calls["route"]
     assert call["router"] == (i.proj_q.data_ptr(), i.proj_k.data_ptr(), 0, 0, 0, 4)
     assert call["lists"] == (lut.data_ptr(), counts.data_ptr(), 4)
     assert call["smooth_k"] is False and call["scores"] == 0 and call["workspace"][1] == 512
+    assert call["path"] == 2
+    assert recorder.calls["route_workspace"] == {"path": 2, "max_kv_blocks": 4}

@@ -39,6 +39,14 @@ int best_code(int capability) {
   return best;
 }
 
+// Hopper kernels need the very chip: wgmma exists in sm_90a code alone.
+constexpr int kSm90 = 90;
+#if SLA2_HAVE_SM90
+constexpr bool kHaveSm90 = true;
+#else
+constexpr bool kHaveSm90 = false;
+#endif
+
 }  // namespace
 
 int current_device() {
@@ -80,13 +88,33 @@ std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_
             << device.code_arch << " code: use quant int8_fp16\n";
   }
   if (path == SLA2_PATH_SM90) {
-    reasons << "path sm90: this build holds no kernels for it; use auto or portable\n";
+    if (!kHaveSm90) {
+      reasons << "path sm90: this build holds no sm_90a code (it has " << SLA2_CORE_ARCHS
+              << "); use auto or portable\n";
+    } else if (device.capability != kSm90) {
+      reasons << "path sm90 needs compute capability 9.0; device " << device.index << " has "
+              << capability << ": use auto or portable\n";
+    } else if (quant == SLA2_QUANT_INT8_FP16) {
+      reasons << "path sm90 has no int8_fp16 kernels: use quant int8_fp8 or none, or path auto or "
+                 "portable\n";
+    }
   } else if (path != SLA2_PATH_AUTO && path != SLA2_PATH_PORTABLE) {
     reasons << "path " << path << ": allowed are auto (0), portable (1) and sm90 (2)\n";
   }
   std::string text = reasons.str();
   if (!text.empty()) text.pop_back();
   return text;
+}
+
+// Auto does not choose the Hopper kernels yet: their tests have not all run on a device.
+bool uses_sm90(int quant, int path) {
+  int device = 0;
+  if (!kHaveSm90 || path != SLA2_PATH_SM90 || quant == SLA2_QUANT_INT8_FP16) return false;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return device_info(device).capability == kSm90;
 }
 
 }  // namespace sla2

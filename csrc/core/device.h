@@ -19,4 +19,7 @@ DeviceInfo device_info(int device);
 std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_dim, int quant,
                                   int path);
 
+// Whether the Hopper kernels are what `path` means on the present device; false without a device.
+bool uses_sm90(int quant, int path);
+
 }  // namespace sla2

@@ -1,8 +1,9 @@
 // The forward pipeline: one function per operation of the public header, each a short list of
 // launches.
 //
-//   pool -> reduce -> project -> score -> select, or compact -> per group of heads [linear_state ->
-//   complement_mask -> complement] -> attn
+//   portable: pool -> reduce -> project -> score -> select, or compact -> per group of heads
+//     [linear_state -> complement_mask -> complement] -> attn
+//   sm90:     pool -> reduce -> project -> route, or compact -> complement_mask -> linear -> attn
 #include <algorithm>
 #include <cstdint>
 
@@ -24,6 +25,11 @@ constexpr int64_t kScoreGroupBytes = 64 << 20;
 // with 100, 15.05 with 160, 14.95 with 320, 14.9 with 640.
 constexpr int64_t kMinStateGroupBytes = 64 << 20, kMaxStateGroupBytes = 320 << 20;
 
+// Hopper's e4m3 products accumulate in about 14 bits. On Gaussian data the sparse output's relative
+// distance from the portable kernel's, which accumulate in float32, is 9e-4 with 3 listed blocks
+// and 4.4e-3 with 313; longer lists than this are refused on that path.
+constexpr int kMaxBlocksSm90Fp8 = 128;
+
 // Hands out 256-byte aligned pieces of the workspace; with a null base it only counts.
 class Arena {
  public:
@@ -42,14 +48,17 @@ class Arena {
 };
 
 struct RouteBuffers {
+  bool fused;  // sm90
   float* q_mean;
-  float* q_proj;
+  float* q_proj;  // portable
   float* k_proj;
   float* scores;
   int heads_per_group, rows_per_group;
+  SplitRows q_split, k_split;  // sm90
 };
 
 struct Buffers {
+  bool sm90;
   float* k_sum;
   float* k_mean;
   float* v_amax_partial;
@@ -63,14 +72,28 @@ struct Buffers {
   uint16_t* state;
   uint16_t* h;
   float* z;
-  int heads_per_group;
+  int heads_per_group;  // portable
+  int* counters;        // sm90
+  int num_counters;
 };
 
-RouteBuffers plan_route(Arena& arena, const Shape& shape, int head_dim, bool scores_given) {
+RouteBuffers plan_route(Arena& arena, const Shape& shape, int head_dim, bool sm90,
+                        bool scores_given) {
   RouteBuffers buffers = {};
+  buffers.fused = sm90 && route_sm90_fits(shape);
   const int64_t q_rows = static_cast<int64_t>(shape.num_bh) * shape.num_q_blocks;
   const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
   buffers.q_mean = arena.take<float>(q_rows * head_dim);
+  if (buffers.fused) {
+    const auto take_split = [&](int rows) {
+      const int64_t count = static_cast<int64_t>(shape.num_bh) * split_rows(rows);
+      uint16_t* parts = arena.take<uint16_t>(count * 2 * head_dim);
+      return SplitRows{parts, arena.take<float>(count)};
+    };
+    buffers.q_split = take_split(shape.num_q_blocks);
+    buffers.k_split = take_split(shape.num_k_blocks);
+    return buffers;
+  }
   buffers.q_proj = arena.take<float>(q_rows * head_dim);
   buffers.k_proj = arena.take<float>(k_rows * head_dim);
   buffers.heads_per_group = shape.num_bh;
@@ -101,10 +124,13 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
   const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
   const bool routed = p.router.proj_q != nullptr;
   const int quant = sparse_quant(p);
+  buffers.sm90 = uses_sm90(p.quant, p.path);
   if (p.smooth_k || routed) buffers.k_sum = arena.take<float>(k_rows * d);
   buffers.k_mean = arena.take<float>(shape.num_bh * d);
   if (routed) {
-    buffers.route = plan_route(arena, shape, p.shape.head_dim, false);
+    // As sla2_route would, whatever the precision: both must list the same blocks.
+    buffers.route =
+        plan_route(arena, shape, p.shape.head_dim, uses_sm90(SLA2_QUANT_NONE, p.path), false);
   } else {
     buffers.lut = arena.take<uint16_t>(q_rows * p.lists.max_kv_blocks);
     buffers.counts = arena.take<int>(q_rows);
@@ -117,18 +143,26 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
     buffers.k_scale = arena.take<float>(k_rows);
   }
   buffers.heads_per_group = shape.num_bh;
+  if (buffers.sm90) {
+    buffers.num_counters = linear_counters(shape);
+    buffers.counters = arena.take<int>(buffers.num_counters);
+  }
   if (has_linear(p)) {
     const int64_t state = d * d + 2 * d;
     const int64_t head_bytes = shape.num_k_blocks * state * static_cast<int64_t>(sizeof(uint16_t));
     const int64_t input_bytes = 3 * 2 * static_cast<int64_t>(shape.num_bh) * shape.seqlen * d;
     const int64_t group_bytes =
         std::clamp(input_bytes / 4, kMinStateGroupBytes, kMaxStateGroupBytes);
-    buffers.heads_per_group =
-        static_cast<int>(std::clamp<int64_t>(group_bytes / head_bytes, 1, shape.num_bh));
-    const int64_t group = buffers.heads_per_group;
-    buffers.state = arena.take<uint16_t>(group * shape.num_k_blocks * state);
-    buffers.mask = arena.take<uint32_t>(group * mask_words(shape.num_k_blocks) *
-                                        mask_pitch(shape.num_q_blocks));
+    if (!buffers.sm90) {
+      buffers.heads_per_group =
+          static_cast<int>(std::clamp<int64_t>(group_bytes / head_bytes, 1, shape.num_bh));
+    }
+    const int64_t states =
+        buffers.sm90 ? std::min(shape.num_bh, kStateSlots) : buffers.heads_per_group;
+    buffers.state = arena.take<uint16_t>(states * shape.num_k_blocks * state);
+    buffers.mask =
+        arena.take<uint32_t>(static_cast<int64_t>(buffers.heads_per_group) *
+                             mask_words(shape.num_k_blocks) * mask_pitch(shape.num_q_blocks));
     buffers.h = arena.take<uint16_t>(q_rows * d * d);
     buffers.z = arena.take<float>(q_rows * 2 * d);
   }
@@ -160,12 +194,34 @@ void run_pool(const Shape& shape, const sla2_shape& given, PoolParams pool, Redu
   check_launch(launch_reduce(reduce, given.head_dim), "reduce", problem);
 }
 
-// Pooled means to block lists.
+// Pooled means to block lists; the fused kernel also writes the complement's bits to `mask` unless
+// that is null.
 void run_router(const Shape& shape, const sla2_shape& given, const sla2_router& router,
                 const RouteBuffers& buffers, const float* k_sum, const float* k_mean,
-                const sla2_block_lists& lists, float* all_scores, cudaStream_t stream) {
+                const sla2_block_lists& lists, float* all_scores, uint32_t* mask,
+                cudaStream_t stream) {
   const NvtxRange range("sla2.route");
   const std::string problem = describe(given);
+  if (buffers.fused) {
+    const SplitProjectParams project = {
+        shape,         buffers.q_mean,          k_sum,           k_mean,          router.proj_q,
+        router.proj_k, router.proj_stride_head, buffers.q_split, buffers.k_split, stream};
+    check_launch(launch_project_sm90(project, given.head_dim), "router_project", problem);
+    const RouteParams route = {shape,
+                               buffers.q_split,
+                               buffers.k_split,
+                               all_scores,
+                               router.pinned_kv,
+                               router.num_pinned,
+                               router.num_kv_blocks,
+                               lists.lut,
+                               lists.counts,
+                               mask,
+                               stream};
+    check_launch(launch_route_sm90(route, given.head_dim), "route", problem);
+    return;
+  }
+
   const ProjectParams project = {
       shape,         buffers.q_mean,          k_sum,          k_mean,         router.proj_q,
       router.proj_k, router.proj_stride_head, buffers.q_proj, buffers.k_proj, stream};
@@ -194,9 +250,10 @@ void run_router(const Shape& shape, const sla2_shape& given, const sla2_router& 
   }
 }
 
-// Records and complement states, one group of heads after the other.
+// Records and complement, in portable one group of heads after the other. mask_done: the router
+// has written the complement's bits.
 void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers& buffers,
-                const sla2_block_lists& lists) {
+                const sla2_block_lists& lists, bool mask_done) {
   const NvtxRange range("sla2.linear_pre");
   const std::string problem = describe(p.shape);
   StateParams state = {};
@@ -221,6 +278,18 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
   complement.h = buffers.h;
   complement.z = buffers.z;
   complement.stream = p.stream;
+  if (buffers.sm90) {
+    const LinearParams linear = {shape,           state.k,          state.v,       state.k_mean,
+                                 state.v_scale,   state.records,    state.k_scale, state.quant,
+                                 state.phi_raw_k, buffers.mask,     buffers.state, buffers.h,
+                                 buffers.z,       buffers.counters, p.stream};
+    if (has_linear(p) && !mask_done) {
+      complement.bh_count = shape.num_bh;
+      check_launch(launch_complement_mask(complement), "complement_mask", problem);
+    }
+    check_launch(launch_linear_sm90(linear, p.shape.dtype, p.shape.head_dim), "linear", problem);
+    return;
+  }
   for (int bh = 0; bh < shape.num_bh; bh += buffers.heads_per_group) {
     state.bh_begin = complement.bh_begin = bh;
     state.bh_count = complement.bh_count = std::min(buffers.heads_per_group, shape.num_bh - bh);
@@ -259,8 +328,9 @@ void run_attention(const Shape& shape, const sla2_attn_fwd_params& p, const Buff
   attn.branch = p.branch;
   attn.softmax_scale = p.softmax_scale;
   attn.stream = p.stream;
-  check_launch(launch_attn_fwd_sm80(attn, p.shape.dtype, p.shape.head_dim, sparse_quant(p)),
-               "attn_fwd", describe(p.shape));
+  const auto launch = buffers.sm90 ? launch_attn_fwd_sm90 : launch_attn_fwd_sm80;
+  check_launch(launch(attn, p.shape.dtype, p.shape.head_dim, sparse_quant(p)), "attn_fwd",
+               describe(p.shape));
 }
 
 bool is_empty(const Shape& shape) { return shape.num_bh == 0 || shape.seqlen == 0; }
@@ -277,7 +347,8 @@ sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes)
       arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks *
                         params->shape.head_dim);
       arena.take<float>(static_cast<int64_t>(shape.num_bh) * params->shape.head_dim);
-      sla2::plan_route(arena, shape, params->shape.head_dim, params->scores != nullptr);
+      sla2::plan_route(arena, shape, params->shape.head_dim,
+                       sla2::uses_sm90(SLA2_QUANT_NONE, params->path), params->scores != nullptr);
     }
     *bytes = arena.used();
   });
@@ -290,13 +361,14 @@ sla2_status sla2_route(const sla2_route_params* params) {
     sla2::validate_route(p);
     const sla2::Shape shape = sla2::validate_shape(p.shape);
     if (sla2::is_empty(shape)) return;
-    sla2::require_support(p.shape.dtype, p.shape.head_dim, SLA2_QUANT_NONE, SLA2_PATH_AUTO);
+    sla2::require_support(p.shape.dtype, p.shape.head_dim, SLA2_QUANT_NONE, p.path);
     sla2::Arena arena(p.workspace);
     float* k_sum = arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks *
                                      p.shape.head_dim);
     float* k_mean = arena.take<float>(static_cast<int64_t>(shape.num_bh) * p.shape.head_dim);
     const sla2::RouteBuffers buffers =
-        sla2::plan_route(arena, shape, p.shape.head_dim, p.scores != nullptr);
+        sla2::plan_route(arena, shape, p.shape.head_dim, sla2::uses_sm90(SLA2_QUANT_NONE, p.path),
+                         p.scores != nullptr);
     sla2::require_workspace(arena, p.workspace, p.workspace_bytes);
 
     sla2::PoolParams pool = {};
@@ -311,7 +383,8 @@ sla2_status sla2_route(const sla2_route_params* params) {
     reduce.smooth = p.smooth_k;
     reduce.stream = p.stream;
     sla2::run_pool(shape, p.shape, pool, reduce);
-    sla2::run_router(shape, p.shape, p.router, buffers, k_sum, k_mean, p.lists, p.scores, p.stream);
+    sla2::run_router(shape, p.shape, p.router, buffers, k_sum, k_mean, p.lists, p.scores, nullptr,
+                     p.stream);
   });
 }
 
@@ -333,6 +406,14 @@ sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
     const sla2::Shape shape = sla2::validate_shape(p.shape);
     if (sla2::is_empty(shape)) return;
     sla2::require_support(p.shape.dtype, p.shape.head_dim, p.quant, p.path);
+    if (sla2::uses_sm90(p.quant, p.path) && sla2::sparse_quant(p) == SLA2_QUANT_INT8_FP8 &&
+        p.lists.max_kv_blocks > sla2::kMaxBlocksSm90Fp8) {
+      throw sla2::Error(
+          SLA2_UNSUPPORTED,
+          sla2::concat("path sm90 with quant int8_fp8 takes lists of at most ",
+                       sla2::kMaxBlocksSm90Fp8, " key blocks; lists.max_kv_blocks is ",
+                       p.lists.max_kv_blocks, ": use path portable or auto, or quant none"));
+    }
     sla2::Arena arena(p.workspace);
     const sla2::Buffers buffers = sla2::plan_attn_fwd(arena, shape, p);
     sla2::require_workspace(arena, p.workspace, p.workspace_bytes);
@@ -352,12 +433,15 @@ sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
     reduce.v_scale = buffers.v_scale;
     reduce.smooth = p.smooth_k;
     reduce.quant = sla2::sparse_quant(p);
+    reduce.counters = buffers.counters;
+    reduce.num_counters = buffers.num_counters;
     reduce.stream = p.stream;
     sla2::run_pool(shape, p.shape, pool, reduce);
     sla2_block_lists lists = p.lists;
-    if (p.router.proj_q != nullptr) {
+    const bool routed = p.router.proj_q != nullptr;
+    if (routed) {
       sla2::run_router(shape, p.shape, p.router, buffers.route, buffers.k_sum, buffers.k_mean,
-                       p.lists, nullptr, p.stream);
+                       p.lists, nullptr, buffers.sm90 ? buffers.mask : nullptr, p.stream);
     } else {
       const sla2::CompactParams compact = {
           shape,       p.lists.lut,    p.lists.counts, p.lists.max_kv_blocks,
@@ -367,7 +451,7 @@ sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
       lists.counts = buffers.counts;
     }
     if (sla2::has_linear(p) || sla2::sparse_quant(p) != SLA2_QUANT_NONE)
-      sla2::run_linear(shape, p, buffers, lists);
+      sla2::run_linear(shape, p, buffers, lists, buffers.route.fused);
     sla2::run_attention(shape, p, buffers, lists);
   });
 }

@@ -77,6 +77,7 @@ Shape validate_shape(const sla2_shape& shape) {
 void validate_route(const sla2_route_params& params) {
   validate_header(&params);
   const Shape shape = validate_shape(params.shape);
+  validate_choice(params.path, SLA2_PATH_SM90, "path");
   if (shape.num_bh == 0 || shape.seqlen == 0) return;
   validate_tensor(params.q, "q", params.shape);
   validate_tensor(params.k, "k", params.shape);

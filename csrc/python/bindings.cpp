@@ -113,22 +113,24 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
   check(status);
 }
 
-size_t route_workspace(const ShapeTuple& shape, int max_kv_blocks) {
+size_t route_workspace(const ShapeTuple& shape, int path, int max_kv_blocks) {
   sla2_route_params params = {};
   params.size = sizeof(params);
   params.shape = to_shape(shape);
+  params.path = path;
   params.lists.max_kv_blocks = max_kv_blocks;
   size_t bytes = 0;
   check(sla2_route_workspace(&params, &bytes));
   return bytes;
 }
 
-void route(const ShapeTuple& shape, bool smooth_k, const TensorTuple& q, const TensorTuple& k,
-           const RouterTuple& router, const ListsTuple& lists, Pointer scores,
+void route(const ShapeTuple& shape, int path, bool smooth_k, const TensorTuple& q,
+           const TensorTuple& k, const RouterTuple& router, const ListsTuple& lists, Pointer scores,
            const WorkspaceTuple& workspace, Pointer stream) {
   sla2_route_params params = {};
   params.size = sizeof(params);
   params.shape = to_shape(shape);
+  params.path = path;
   params.smooth_k = smooth_k;
   params.q = to_tensor(q);
   params.k = to_tensor(k);
@@ -165,10 +167,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("stream"));
   m.def("attn_fwd_workspace", &attn_fwd_workspace, py::kw_only(), py::arg("shape"),
         py::arg("options"), py::arg("routed"), py::arg("max_kv_blocks"));
-  m.def("route", &route, py::kw_only(), py::arg("shape"), py::arg("smooth_k"), py::arg("q"),
-        py::arg("k"), py::arg("router"), py::arg("lists"), py::arg("scores"), py::arg("workspace"),
-        py::arg("stream"));
-  m.def("route_workspace", &route_workspace, py::kw_only(), py::arg("shape"),
+  m.def("route", &route, py::kw_only(), py::arg("shape"), py::arg("path"), py::arg("smooth_k"),
+        py::arg("q"), py::arg("k"), py::arg("router"), py::arg("lists"), py::arg("scores"),
+        py::arg("workspace"), py::arg("stream"));
+  m.def("route_workspace", &route_workspace, py::kw_only(), py::arg("shape"), py::arg("path"),
         py::arg("max_kv_blocks"));
   m.def("supported", &supported, py::arg("device"), py::arg("dtype"), py::arg("head_dim"),
         py::arg("quant"), py::arg("path"),

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _shapes(options: argparse.Namespace) -> list[Shape]:
     own = (options.batch, options.heads, options.seqlen, options.head_dim)
-    presets = options.shape or []
+    given = options.shape or []
     if any(value is not None for value in own):
         if options.seqlen is None:
             raise CliError(
@@ -92,9 +92,8 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
         custom = [Shape(batch or 1, heads or 12, seqlen, head_dim or 128)]
     else:
         custom = []
-        presets = presets or ["wan1.3b-480p"]
-    shapes = [Shape(b, h, n, d) for b, h, n, d in (SHAPES[name] for name in presets)]
-    return shapes + custom
+        given = given or [SHAPES["wan1.3b-480p"]]
+    return [Shape(*sizes) for sizes in given] + custom
 
 
 class Bench:
@@ -119,7 +118,7 @@ class Bench:
 
     def run_shape(self, shape: Shape) -> None:
         """Peers that do not depend on the map first, then every share of blocks and precision."""
-        problem = _make_problem(shape, self.dtype, self.device, self.options.seed)
+        problem = make_problem(shape, self.dtype, self.device, self.options.seed)
         modes = (False, True) if self.options.backward else (False,)
         dense = {backward: self._time_dense_peers(problem, backward) for backward in modes}
         for topk in self.options.topk:
@@ -370,7 +369,7 @@ class Bench:
         return "FAILED: " + ", ".join(failed) if failed else "ok"
 
 
-def _make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
     """Gaussian q, k, v; the identity router; alpha about 0.85."""
     generator = torch.Generator(device).manual_seed(seed)
 

@@ -57,6 +57,19 @@ def _grid(text: str) -> tuple[int, int, int]:
     return frames, height, width
 
 
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """(B, H, N, D) of a preset's name or of BxHxNxD."""
+    if text in SHAPES:
+        return SHAPES[text]
+    parts = text.lower().split("x")
+    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text} is neither a model ({', '.join(SHAPES)}) nor BxHxNxD such as 1x12x32760x128"
+        )
+    batch, heads, seqlen, head_dim = (int(part) for part in parts)
+    return batch, heads, seqlen, head_dim
+
+
 Subparsers = argparse._SubParsersAction  # the type has no public name
 
 
@@ -106,9 +119,10 @@ def _add_bench(commands: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--shape",
-        choices=tuple(SHAPES),
-        action="append",
-        help="a video model's attention; may be repeated (default: wan1.3b-480p)",
+        type=parse_shape,
+        nargs="+",
+        action="extend",
+        help=f"{', '.join(SHAPES)} or BxHxNxD; may be repeated (default: wan1.3b-480p)",
     )
     parser.add_argument("--batch", type=_positive, help="B of a shape of your own (default 1)")
     parser.add_argument("--heads", type=_positive, help="H of a shape of your own (default 12)")

@@ -1,4 +1,5 @@
-"""For all GPU tests: float32 products in the oracles, and errors reported where they arose."""
+"""For all GPU tests: float32 products in the oracles, errors reported where they arose, and the
+choice of kernels."""
 
 from __future__ import annotations
 
@@ -6,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_tools import synchronize
+from gpu_tools import synchronize, why_not_sm90
+
+from sla2 import ops
 
 
 @pytest.fixture(autouse=True)
@@ -23,3 +26,13 @@ def _errors_belong_to_their_test() -> Iterator[None]:
     """Kernels fail asynchronously: without the wait, the next test would get the error."""
     yield
     synchronize()
+
+
+@pytest.fixture(params=["portable", "sm90"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs with either set of kernels, as far as there are two for its `quant`."""
+    quant = request.node.callspec.params.get("quant", "none")
+    if request.param == "sm90" and (reason := why_not_sm90(quant)) is not None:
+        pytest.skip(reason)
+    with ops.kernel_path(request.param):
+        yield request.param

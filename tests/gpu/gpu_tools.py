@@ -2,7 +2,7 @@
 
 SLA2_TEST_DEVICE=cpu runs the tests of numbers on the CPU path instead, which tests the tests; those
 that need a GPU as such are marked `gpu` whatever it says. SLA2_PATH=portable or sm90 chooses the
-kernels that are tested.
+kernels, but for tests that choose them.
 """
 
 from __future__ import annotations
@@ -52,6 +52,15 @@ DENSE_SEQLEN = 2048
 def synchronize() -> None:
     if DEVICE.type == "cuda" and torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def why_not_sm90(quant: str = "none") -> str | None:
+    """Why the Hopper kernels would not run here; None when they would."""
+    if DEVICE.type == "cpu":
+        return "the CPU has one path"
+    arguments = (torch.cuda.current_device(), 0, 64, ops._QUANTS[quant], ops._PATHS["sm90"])
+    reason: str | None = ops._extension().supported(*arguments)
+    return reason
 
 
 def need_memory(gib: float) -> None:
@@ -361,7 +370,8 @@ def raw_route(
     b, n, h, d = q.shape
     t_m, t_n = -(-n // BLOCK_Q), -(-n // BLOCK_K)
     shape = (b, n, h, d, ops._DTYPES[q.dtype])
-    size = ext.route_workspace(shape=shape, max_kv_blocks=count)
+    path = ops._PATHS[ops._path.get()]
+    size = ext.route_workspace(shape=shape, path=path, max_kv_blocks=count)
     made = {
         "lut": Guarded((b, h, t_m, count), torch.uint16, pattern),
         "counts": Guarded((b, h, t_m), torch.int32, pattern),
@@ -372,6 +382,7 @@ def raw_route(
     tensors = {name: buffer.tensor for name, buffer in made.items()}
     ext.route(
         shape=shape,
+        path=path,
         smooth_k=smooth_k,
         q=ops._operand(q),
         k=ops._operand(k),

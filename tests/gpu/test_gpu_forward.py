@@ -1,7 +1,8 @@
 """The forward kernels against the specification (T1, T2q, T3) and the router apart (T2r).
 
 The reference takes the kernels' own block map, so that a block swapped at a near tie does not hide
-the arithmetic's error. Every kernel instance (dtype, head_dim, precision) occurs in each group.
+the arithmetic's error. Every kernel instance (dtype, head_dim, precision) occurs in each group; the
+core of it runs with either set of kernels (`path`).
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def check_case(case: Case, **options: Any) -> None:
     check_selection(dense[:, :, rows], scores, case.num_kv_blocks, pinned)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("dtype", "head_dim", "quant"), INSTANCES, ids=str)
 def test_instance(dtype: torch.dtype, head_dim: int, quant: str) -> None:
     """Several blocks each way, both tails short, more than one batch and head."""
@@ -122,6 +124,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("quant", QUANTS)
 def test_options(options: dict[str, Any], quant: str) -> None:
@@ -130,6 +133,7 @@ def test_options(options: dict[str, Any], quant: str) -> None:
     check_case(case, **options)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("dtype", "head_dim", "quant"), INSTANCES, ids=str)
 def test_given_map(dtype: torch.dtype, head_dim: int, quant: str) -> None:
     """Lists of every length from none to all, in one map."""
@@ -195,6 +199,7 @@ def check_low_bit(inputs: Inputs, quant: str, count: int) -> None:
 LOW_BIT_INSTANCES = list(itertools.product(KERNEL_DTYPES, HEAD_DIMS, LOW_BIT))
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("dtype", "head_dim", "quant"), LOW_BIT_INSTANCES, ids=str)
 @pytest.mark.parametrize("seqlen", [1560, 14040])
 def test_low_bit(dtype: torch.dtype, head_dim: int, quant: str, seqlen: int) -> None:
@@ -228,6 +233,7 @@ def test_low_bit_with_loud_channel(dtype: torch.dtype, head_dim: int, quant: str
 # ---- T2r: the router apart ----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(
@@ -263,6 +269,7 @@ def dense_of(lut: Tensor, t_n: int) -> Tensor:
     return dense.scatter_(3, index, True)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("seqlen", [64, 1000, 2049, 14040, 65600])
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.97, 1.0])
 def test_selection(seqlen: int, share: float) -> None:
@@ -323,6 +330,7 @@ def tied_keys(t_n: int, seqlen: int, generator: torch.Generator) -> tuple[Tensor
     return k.to(DEVICE, torch.bfloat16), values.to(DEVICE)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("seqlen", [1, 64, 129, 2050, 2560, 8300, 65600])
 @pytest.mark.parametrize("share", [0.0, 0.03, 0.4, 0.9, 1.0])
 def test_ties_go_to_the_lowest_index(seqlen: int, share: float) -> None:
@@ -344,6 +352,7 @@ def test_ties_go_to_the_lowest_index(seqlen: int, share: float) -> None:
     assert bool((block_map.lut.to(torch.int64) == first).all())
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("pinned", [[0], [40], [40, 3, 17, 39], list(range(20, 33))])
 def test_pinned_blocks_are_always_listed(pinned: list[int]) -> None:
     """Also where all scores tie, and where the pinned blocks are all that fits."""

@@ -52,9 +52,9 @@ typedef enum sla2_branch {
 } sla2_branch;
 
 typedef enum sla2_path {
-  SLA2_PATH_AUTO = 0,
+  SLA2_PATH_AUTO = 0,      // at present always the portable kernels
   SLA2_PATH_PORTABLE = 1,  // mma.sync + cp.async, sm_80 and newer
-  SLA2_PATH_SM90 = 2,      // wgmma + bulk copies, sm_90a
+  SLA2_PATH_SM90 = 2,      // wgmma + bulk copies, sm_90a; int8_fp8 for lists of <= 128 blocks
 } sla2_path;
 
 // A (B, N, H, D) tensor: last stride 1, the others free and counted in elements. `data` and the
@@ -98,6 +98,7 @@ typedef struct sla2_block_lists {
 typedef struct sla2_route_params {
   size_t size;
   sla2_shape shape;
+  int32_t path;      // sla2_path
   sla2_tensor q;     // [B, N, H, D]
   sla2_tensor k;     // [B, N, H, D]
   int32_t smooth_k;  // 1: subtract the mean over tokens from K; the order of the scores is the same
@@ -137,8 +138,8 @@ typedef struct sla2_attn_fwd_params {
   cudaStream_t stream;
 } sla2_attn_fwd_params;
 
-// Bytes of device memory an operation needs besides its inputs and outputs; a function of shapes
-// alone.
+// Bytes of device memory an operation needs besides its inputs and outputs; a function of shapes,
+// options and the kind of the present device alone.
 SLA2_API sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes);
 SLA2_API sla2_status sla2_attn_fwd_workspace(const sla2_attn_fwd_params* params, size_t* bytes);
 

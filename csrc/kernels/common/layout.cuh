@@ -38,6 +38,24 @@ struct KvRecord {
   static constexpr int kBytes = kKeyBytes + kValueImageBytes;
 };
 
+// Row of a D x D matrix H at which the Hopper kernels keep feature f. The attention kernel's lane t
+// of a quad reads eight neighbouring features of Q, 8 t .. 8 t + 7 of each 32, and they must be
+// what the A operand of two k16 products wants of that lane: 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of
+// each 16. f = 32 group + 8 t + 4 half + 2 upper + e is row 32 group + 16 half + 8 upper + 2 t + e.
+__host__ __device__ constexpr int h_row(int f) {
+  return f / 32 * 32 + f / 4 % 2 * 16 + f / 2 % 2 * 8 + f / 8 % 4 * 2 + f % 2;
+}
+
+// Bit of key block j in its 32-block word of the complement: even blocks in the low half, odd ones
+// in the high half, so that one shift and one AND make a bf16 pair of the two blocks that share an
+// A register.
+__device__ __forceinline__ int mask_bit(int j) { return j % 32 / 2 + j % 2 * 16; }
+// Word `word` of the complement of an empty list: all key blocks, bits past T_n zero.
+__device__ __forceinline__ uint32_t mask_all(int word, int num_k_blocks) {
+  const int valid = max(0, min(32, num_k_blocks - 32 * word));
+  return ((1u << (valid + 1) / 2) - 1u) | ((1u << valid / 2) - 1u) << 16;
+}
+
 // Linear-branch state of one key block, bf16: h = phi(K_j)^T V_j row-major [D][D], then z = column
 // sums of phi(K_j) as a bf16 pair (high part [D], low part [D]) so that one product gives H and Z
 // to about 16 bits.

@@ -40,6 +40,8 @@ struct ReduceParams {
   float* v_scale;
   int smooth;
   int quant;
+  int* counters;  // [num_counters] of later kernels, set to zero here
+  int num_counters;
   cudaStream_t stream;
 };
 
@@ -149,6 +151,60 @@ struct AttnParams {
   cudaStream_t stream;
 };
 
+// Hopper path, one launch: the state, record and complement work of all heads. `state` is a ring of
+// kStateSlots heads; its layout belongs to the kernel.
+struct LinearParams {
+  Shape shape;
+  TensorView k, v;
+  const float* k_mean;   // [BH, D]
+  const float* v_scale;  // [BH, 2, D], null when quant is none
+  void* records;         // [BH, T_n] KvRecord, null when quant is none
+  float* k_scale;        // [BH, T_n]
+  int quant;             // none or int8_fp8
+  int phi_raw_k;
+  const uint32_t* mask;  // 1 - M as bits, [BH, mask_words(T_n), mask_pitch(T_m)]
+  uint16_t* state;       // bf16 [min(BH, kStateSlots), T_n, state_elements], null: records only
+  uint16_t* h;           // bf16 [BH, T_m, D / 64, D, 64]: see h_row
+  float* z;              // [BH, T_m, 2, D] high and low part
+  int* counters;         // linear_counters(), zero
+  cudaStream_t stream;
+};
+constexpr int kStateSlots = 3;
+
+// Hopper path: rows of the router in two fp16 parts each, row = scale (high + low), 22 bits in all.
+// router_split.cuh defines their order; rows past the end hold anything.
+SLA2_HOST_DEVICE constexpr int split_rows(int rows) { return (rows + 63) / 64 * 64; }
+struct SplitRows {
+  uint16_t* parts;  // fp16 [BH, split_rows(T), 2, D]
+  float* scale;     // [BH, split_rows(T)]
+};
+
+struct SplitProjectParams {
+  Shape shape;
+  const float* q_mean;  // [BH, T_m, D]
+  const float* k_sum;   // [BH, T_n, D]
+  const float* k_mean;  // [BH, D]
+  const float* proj_q;  // [D, D] or [H, D, D]
+  const float* proj_k;
+  int64_t proj_stride_head;
+  SplitRows q, k;  // T = T_m and T_n
+  cudaStream_t stream;
+};
+
+// Hopper path: scores, selection, lists and complement bits of all rows in one launch.
+struct RouteParams {
+  Shape shape;
+  SplitRows q, k;        // of launch_project_sm90
+  float* scores;         // [BH, T_m, T_n] or null
+  const int* pinned_kv;  // [num_pinned]
+  int num_pinned;
+  int num_kv_blocks;  // K
+  uint16_t* lut;      // [BH, T_m, K]
+  int* counts;        // [BH, T_m]
+  uint32_t* mask;     // [BH, mask_words(T_n), mask_pitch(T_m)] or null
+  cudaStream_t stream;
+};
+
 cudaError_t launch_pool(const PoolParams&, int dtype, int head_dim);
 cudaError_t launch_reduce(const ReduceParams&, int head_dim);
 cudaError_t launch_project(const ProjectParams&, int head_dim);
@@ -158,6 +214,13 @@ cudaError_t launch_compact(const CompactParams&);
 cudaError_t launch_linear_state(const StateParams&, int dtype, int head_dim);
 cudaError_t launch_complement_mask(const ComplementParams&);
 cudaError_t launch_complement(const ComplementParams&, int head_dim);
+cudaError_t launch_project_sm90(const SplitProjectParams&, int head_dim);
+// Whether the scores of 16 rows fit shared memory: up to 3008 key blocks.
+bool route_sm90_fits(const Shape&);
+cudaError_t launch_route_sm90(const RouteParams&, int head_dim);
+int linear_counters(const Shape&);
+cudaError_t launch_linear_sm90(const LinearParams&, int dtype, int head_dim);
+cudaError_t launch_attn_fwd_sm90(const AttnParams&, int dtype, int head_dim, int quant);
 cudaError_t launch_attn_fwd_sm80(const AttnParams&, int dtype, int head_dim, int quant);
 
 }  // namespace sla2

@@ -17,6 +17,12 @@ constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kRowMaxInit = -1e30f;  // finite: exp2(kRowMaxInit - m) is 0, never NaN
 constexpr float kHeadroom = 2.f;       // P <= 2^kHeadroom
 
+// The scale of int8 scores, cut to 21 bits so that the portable path can fold its conversion bias
+// into the exponent's addend exactly; the Hopper path cuts it for the same bits.
+__device__ __forceinline__ float cut_scale(float scale) {
+  return __uint_as_float(__float_as_uint(scale) & ~7u);
+}
+
 template <int kTilesM>
 struct OnlineSoftmax {
   float row_max[kTilesM][2];  // an integer, at least the true maximum - kHeadroom

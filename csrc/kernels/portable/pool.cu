@@ -110,6 +110,11 @@ __global__ void __launch_bounds__(kReduceRows* kHeadDim)
   __shared__ float scratch[kReduceRows][kHeadDim];
   const int bh = blockIdx.x, column = threadIdx.x % kHeadDim, row = threadIdx.x / kHeadDim;
 
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < p.num_counters;
+       i += gridDim.x * blockDim.x) {
+    p.counters[i] = 0;
+  }
+
   if (p.k_mean != nullptr) {
     float sum = 0.f;
     if (p.smooth) {

@@ -23,6 +23,9 @@ struct AttnConfig {
   static constexpr int kTilesM = kRowsPerWarp / 16;
   static constexpr int kTilesN = kBlockK / 8;
   static constexpr int kTilesD = kHeadDim / 8;
+  static __device__ __forceinline__ int tile_row(int m) {
+    return threadIdx.x / 32 * kRowsPerWarp + 16 * m;
+  }
 
   static constexpr int kQueryRowBytes = kHeadDim * (kInt8 ? 1 : 2);  // also a key's
   static constexpr int kWideRowBytes = kHeadDim * 2;                 // 16-bit rows: phi(Q), H, V
@@ -36,10 +39,10 @@ struct AttnConfig {
   static constexpr int kRowsH = 64;
   static constexpr int kPartsH = kHeadDim / kRowsH;
   static_assert(kRowsH * kWideRowBytes <= kStageBytes, "a part of H fits a stage");
-  static_assert(kQueryBytes / kWarps >= 16 * kWideRowBytes,
-                "a warp stages 16 output rows in its part of Q");
+  static constexpr int kStagingBytes = 8 * kWideRowBytes;  // of one warp
+  static_assert(kWarps * kStagingBytes <= kQueryBytes, "Q's bytes stage the output");
 
-  // [Q | ring of K, V stages]; Q's bytes stage the output at the end.
+  // [Q | ring of K, V stages]
   static constexpr int kSmemBytes = kQueryBytes + kStages * kStageBytes;
   static_assert(kSmemBytes <= 99 * 1024, "one CTA must fit every sm_80+ device");
 };

@@ -5,72 +5,12 @@
 // (attn_linear.cuh), so that the blend costs no extra pass, and stores O once.
 #pragma once
 
-#include "../common/softmax.cuh"
+#include "../common/attn_output.cuh"
 #include "attn_config.cuh"
 #include "attn_linear.cuh"
 #include "attn_sparse.cuh"
 
 namespace sla2 {
-
-// The warp's rows of accumulators, times a factor per row and one per channel (null: 1), to `view`,
-// 16 rows at a time through the warp's own part of `staging`.
-template <class C, typename RowFactor>
-__device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesM][C::kTilesD][4],
-                                           const TensorView& view, int bh, int num_heads, int row0,
-                                           int rows, char* staging, RowFactor row_factor,
-                                           const float* channel_factor) {
-  using Element = typename C::Element;
-  constexpr int kChunks = C::kWideRowBytes / 16;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  staging += warp * (C::kQueryBytes / C::kWarps);
-  Element* base =
-      const_cast<Element*>(head_base<Element>(view, bh, num_heads)) + row0 * view.stride_token;
-#pragma unroll
-  for (int m = 0; m < C::kTilesM; ++m) {
-    __syncwarp();
-#pragma unroll
-    for (int d = 0; d < C::kTilesD; ++d) {
-      float2 channel = make_float2(1.f, 1.f);
-      if (channel_factor != nullptr) {
-        channel = *reinterpret_cast<const float2*>(channel_factor + 8 * d);
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float row = row_factor(m, half);
-        *reinterpret_cast<uint32_t*>(staging + swizzle<C::kWideRowBytes>(8 * half + lane / 4, d) +
-                                     lane % 4 * 4) =
-            Pair<Element>::from_floats(acc[m][d][2 * half] * row * channel.x,
-                                       acc[m][d][2 * half + 1] * row * channel.y);
-      }
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 16 * kChunks / 32; ++i) {
-      const int item = i * 32 + lane, tile_row = item / kChunks, chunk = item % kChunks;
-      const int row = warp * C::kRowsPerWarp + 16 * m + tile_row;
-      if (row < rows) {
-        *reinterpret_cast<uint4*>(base + row * view.stride_token + chunk * 8) =
-            *reinterpret_cast<const uint4*>(staging + swizzle<C::kWideRowBytes>(tile_row, chunk));
-      }
-    }
-  }
-}
-
-template <class C, typename Factor>
-__device__ __forceinline__ void scale_rows(float (&acc)[C::kTilesM][C::kTilesD][4], Factor factor) {
-#pragma unroll
-  for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float x = factor(m, half);
-#pragma unroll
-      for (int d = 0; d < C::kTilesD; ++d) {
-        acc[m][d][2 * half] *= x;
-        acc[m][d][2 * half + 1] *= x;
-      }
-    }
-  }
-}
 
 template <typename Element, int kHeadDim, int kQuant>
 __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThreads, 2)
@@ -81,7 +21,7 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   __shared__ __align__(16) float z[2 * kHeadDim];
 
   const int block = blockIdx.x % p.shape.num_q_blocks, bh = blockIdx.x / p.shape.num_q_blocks;
-  const int lane = threadIdx.x % 32, warp_row = threadIdx.x / 32 * C::kRowsPerWarp;
+  const int lane = threadIdx.x % 32;
   const int row0 = block * kBlockQ, rows = min(kBlockQ, p.shape.seqlen - row0);
   const int num_k_blocks = p.shape.num_k_blocks;
   const int64_t list = static_cast<int64_t>(bh) * p.shape.num_q_blocks + block;
@@ -201,89 +141,41 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   // O_s is acc / l times the channel scales of a quantised V; in this order values near the end of
   // float32's range do not overflow. It is made only where it is asked for, and on the fly: the
   // output has the same bits either way.
-  auto inverse_sum = [&](int m, int half) {
-    const float sum = softmax.row_sum[m][half];
-    return sum == 0.f ? 0.f : reciprocal_approx(sum);
-  };
+  auto inverse_row_sum = [&](int m, int half) { return inverse_sum(softmax.row_sum[m][half]); };
   const float* v_scale = nullptr;
   if constexpr (C::kInt8) {
     v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
     if (count == 0) v_scale = nullptr;
   }
+  char* staging = smem + threadIdx.x / 32 * C::kStagingBytes;
   if (p.out_sparse.data != nullptr) {
-    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, smem, inverse_sum, v_scale);
+    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, staging, inverse_row_sum,
+                  v_scale);
   }
-  LinearBranch<C> branch;
+  QueryFeatures<C> features;
   const bool needs_query = linear || (!C::kInt8 && p.lse != nullptr);
-  if (needs_query) branch.load(q, p.q.stride_token, rows);
+  if (needs_query) features.load(q, p.q.stride_token, rows);
 
   // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
   float correction[C::kTilesM][2] = {};
   if (needs_query)
-    branch.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
+    features.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
   if (p.lse != nullptr) {
-#pragma unroll
-    for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 16 * m + 8 * half + lane / 4;
-        const float sum = softmax.row_sum[m][half];
-        const float lse = (softmax.row_max[m][half] - shift + log2f(sum)) * kLn2;
-        if (lane % 4 == 0 && row < rows) {
-          p.lse[static_cast<int64_t>(bh) * p.shape.seqlen + row0 + row] =
-              sum == 0.f ? -INFINITY : lse - correction[m][half] * p.softmax_scale;
-        }
-      }
-    }
+    store_lse<C>(p, bh, row0, rows, softmax, shift, correction);
   }
 
-  // Row factors: acc becomes O_s alpha / f before the linear branch is added, and f times that is
-  // the output. Without a linear branch both are 1; with no block listed alpha is 0.
-  float alpha_over_f[C::kTilesM][2], f[C::kTilesM][2];
+  BlendFactors<C> blend;
+  blend.set_ones();
   if (linear) {
     wait_for_stage();  // Z came with the ring's first entry
     float denominator[C::kTilesM][2];
-    branch.exponentiate(z, denominator);
-#pragma unroll
-    for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float alpha = 0.f;
-        if (p.branch == SLA2_BRANCH_BOTH && softmax.row_sum[m][half] != 0.f) {
-          const int row = row0 + min(warp_row + 16 * m + 8 * half + lane / 4, rows - 1);
-          const float logit = p.alpha_logit[bh % p.shape.num_heads * p.alpha_stride_head +
-                                            (p.alpha_per_token ? row : block)];
-          alpha = reciprocal_approx(1.f + exp2_approx(-kLog2e * logit));
-        }
-        // Floors: a saturated alpha leaves f positive (its share of the output is below one float32
-        // ulp), and an empty complement has H = 0, where 0 / 0 must give 0.
-        const float rest = max_nan(1.f - alpha, 5.9604645e-8f);
-        const float total = max_nan(denominator[m][half], 1.17549435e-38f);
-        f[m][half] = rest * reciprocal_approx(total);
-        alpha_over_f[m][half] = alpha * total * reciprocal_approx(rest);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) alpha_over_f[m][half] = f[m][half] = 1.f;
-    }
+    features.exponentiate(z, denominator);
+    blend.set(p, bh, block, row0, rows, softmax, denominator);
   }
-
-  scale_rows<C>(acc, [&](int m, int half) { return inverse_sum(m, half) * alpha_over_f[m][half]; });
+  scale_rows<C>(
+      acc, [&](int m, int half) { return inverse_row_sum(m, half) * blend.alpha_over_f[m][half]; });
   if constexpr (C::kInt8) {
-    if (v_scale != nullptr) {
-#pragma unroll
-      for (int d = 0; d < C::kTilesD; ++d) {
-        const float2 scale = *reinterpret_cast<const float2*>(v_scale + 8 * d);
-#pragma unroll
-        for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[m][d][e] *= e % 2 == 0 ? scale.x : scale.y;
-        }
-      }
-    }
+    if (v_scale != nullptr) scale_channels<C>(acc, v_scale);
   }
 
   // Linear branch
@@ -292,13 +184,13 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     for (int part = 0; part < C::kPartsH; ++part) {
       if (part > 0) wait_for_stage();
       load_next_part(free_stage());
-      branch.accumulate(acc, ring + stage * C::kStageBytes);
+      accumulate_linear<C>(acc, features, ring + stage * C::kStageBytes);
       release_stage();
     }
   }
   store_rows<C>(
-      acc, p.out, bh, p.shape.num_heads, row0, rows, smem,
-      [&](int m, int half) { return f[m][half]; }, nullptr);
+      acc, p.out, bh, p.shape.num_heads, row0, rows, staging,
+      [&](int m, int half) { return blend.f[m][half]; }, nullptr);
 }
 
 template <typename Element, int kHeadDim, int kQuant>

@@ -74,9 +74,6 @@ constexpr float kScoreBias = 12582912.f;
 // score. It is exact when bias * scale is: the bias is 3 * 2^22, so a scale cut to 21 bits leaves a
 // bit for the row maximum, an integer, as long as the product has fractional bits left.
 constexpr float kFoldableScale = 0.25f;
-__device__ __forceinline__ float cut_scale(float scale) {
-  return __uint_as_float(__float_as_uint(scale) & ~7u);
-}
 
 // S = Q K^T for the warp's 32 rows and the 64 keys of a block, as float; int8 scores include
 // kScoreBias.

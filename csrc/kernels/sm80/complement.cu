@@ -11,10 +11,6 @@ namespace {
 
 constexpr int kMaskThreads = 128;
 
-// Bit of key block j in its 32-block word: even blocks in the low half, odd ones in the high half,
-// so that one shift and one AND make a bf16 pair of the two blocks that share an A register.
-__device__ __forceinline__ int mask_bit(int j) { return j % 32 / 2 + j % 2 * 16; }
-
 // One CTA: one row of the complement 1 - M as bits, 1 outside the list; bits past T_n are zero.
 __global__ void __launch_bounds__(kMaskThreads)
     complement_mask_kernel(const __grid_constant__ ComplementParams p) {
@@ -24,10 +20,8 @@ __global__ void __launch_bounds__(kMaskThreads)
   uint32_t* mask = p.mask + local_row / p.shape.num_q_blocks * num_words * pitch +
                    local_row % p.shape.num_q_blocks;
   const int64_t list = static_cast<int64_t>(p.bh_begin) * p.shape.num_q_blocks + local_row;
-  for (int i = threadIdx.x; i < num_words; i += kMaskThreads) {
-    const int valid = max(0, min(32, p.shape.num_k_blocks - 32 * i));
-    words[i] = ((1u << (valid + 1) / 2) - 1u) | ((1u << valid / 2) - 1u) << 16;
-  }
+  for (int i = threadIdx.x; i < num_words; i += kMaskThreads)
+    words[i] = mask_all(i, p.shape.num_k_blocks);
   __syncthreads();
   const int count = p.counts[list];
   for (int i = threadIdx.x; i < count; i += kMaskThreads) {

@@ -1,0 +1,107 @@
+// Online softmax of one 64 x 64 tile of scores (common/softmax.cuh tells the arithmetic), from
+// accumulators to the A operands of P V.
+#pragma once
+
+#include <climits>
+
+#include "../common/softmax.cuh"
+#include "attn_config.cuh"
+
+namespace sla2 {
+
+__device__ __forceinline__ int max3(int a, int b, int c) { return max(max(a, b), c); }
+__device__ __forceinline__ float max3(float a, float b, float c) { return fmaxf(fmaxf(a, b), c); }
+
+// A score as the softmax sees it: columns at and beyond `valid` count for nothing. Registers of s
+// itself belong to the products, and ptxas serialises those in flight when anything else writes
+// one.
+template <class C, bool kMask>
+__device__ __forceinline__ typename C::Score masked_score(const typename C::Score (&s)[32], int i,
+                                                          int valid) {
+  using Score = typename C::Score;
+  if constexpr (kMask) {
+    constexpr Score kMasked =
+        C::kInt8 ? static_cast<Score>(INT_MIN) : static_cast<Score>(-INFINITY);
+    return i / 4 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2 >= valid ? kMasked : s[i];
+  }
+  return s[i];
+}
+
+// The maxima of the lane's two rows over a tile and over the tiles before.
+template <class C, bool kMask>
+__device__ __forceinline__ void grow_max(const typename C::Score (&s)[32], int valid,
+                                         float scale_log2, const float (&row_max)[2],
+                                         float (&grown)[2]) {
+  using Score = typename C::Score;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    Score chains[2];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const Score left = masked_score<C, kMask>(s, 4 * n + 2 * half, valid);
+      const Score right = masked_score<C, kMask>(s, 4 * n + 2 * half + 1, valid);
+      chains[n % 2] = n < 2 ? max(left, right) : max3(chains[n % 2], left, right);
+    }
+    Score block_max = max(chains[0], chains[1]);
+    block_max = max(block_max, __shfl_xor_sync(0xffffffffu, block_max, 1));
+    block_max = max(block_max, __shfl_xor_sync(0xffffffffu, block_max, 2));
+    grown[half] = fmaxf(row_max[half], ceilf(static_cast<float>(block_max) * scale_log2));
+  }
+}
+
+// Rescales sums and outputs when a maximum outgrew the headroom in any lane of the warp.
+template <class C>
+__device__ __forceinline__ void rescale(const float (&grown)[2], float (&row_max)[2],
+                                        float (&row_sum)[2], float (&acc)[C::kTilesD][4]) {
+  const bool grew = grown[0] > row_max[0] + kHeadroom || grown[1] > row_max[1] + kHeadroom;
+  if (!__any_sync(0xffffffffu, grew)) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float factor = exp2_approx(row_max[half] - grown[half]);
+    row_max[half] = grown[half];
+    row_sum[half] *= factor;
+#pragma unroll
+    for (int d = 0; d < C::kTilesD; ++d) {
+      acc[d][2 * half] *= factor;
+      acc[d][2 * half + 1] *= factor;
+    }
+  }
+}
+
+// p = 2^(shift + s * scale_log2 - row_max) as the A operands of P V, summed into row_sum.
+template <class C, bool kMask>
+__device__ __forceinline__ void exponentiate(const typename C::Score (&s)[32], int valid,
+                                             float scale_log2, float shift,
+                                             const float (&row_max)[2], float (&row_sum)[2],
+                                             uint32_t (&p)[C::kRegistersP][4]) {
+  const float offset[2] = {shift - row_max[0], shift - row_max[1]};
+  constexpr int kTiles = 8 / C::kRegistersP;  // n8 tiles that one k step of P V takes
+#pragma unroll
+  for (int k = 0; k < C::kRegistersP; ++k) {
+    float x[kTiles][4];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const auto raw = masked_score<C, kMask>(s, 4 * (k * kTiles + n) + e, valid);
+        float value = static_cast<float>(raw);
+        if constexpr (kMask && C::kInt8) value = raw == INT_MIN ? -INFINITY : value;
+        x[n][e] = exp2_approx(fmaf(value, scale_log2, offset[e / 2]));
+        row_sum[e / 2] += x[n][e];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      if constexpr (C::kInt8) {
+        const auto &left = x[r / 2 * 2], &right = x[r / 2 * 2 + 1];
+        p[k][r] = pack_e4m3x4(left[r % 2 * 2], left[r % 2 * 2 + 1], right[r % 2 * 2],
+                              right[r % 2 * 2 + 1]);
+      } else {
+        p[k][r] =
+            Pair<typename C::Element>::from_floats(x[r / 2][r % 2 * 2], x[r / 2][r % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+}  // namespace sla2
