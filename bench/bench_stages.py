@@ -8,10 +8,9 @@ cold one. Kernels of the sm90 path start while their predecessor drains and wait
 their times overlap and may sum to more than the call takes.
 
 Counted bytes. A kernel reads each tensor once from memory and writes each once; what it reads again
-comes out of the L2 cache. Two cases are no matter of course. `linear_kernel` keeps the states of
-three heads in a ring that is meant to stay in L2: they are not counted. Where two heads' states
-exceed 48 MiB it works on halves of a head's value channels, and K is counted twice. The portable
-kernels' states are counted, once written and once read.
+comes out of the L2 cache. Weights, alpha and the statistics of a head are too small to count.
+`linear_kernel` keeps the states of three heads in a ring that is meant to stay in L2: they are not
+counted. The portable kernels' states are, once written and once read.
 
 Counted operations, two per multiply-add, of the method and not of a kernel: 6 (T_m + T_n) D^2 and
 6 T_m T_n D for the router (each of its products takes three of 16 bit to be as exact as float32),
@@ -217,6 +216,8 @@ def read_ncu(path: Path) -> dict[str, list[float]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise CliError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CliError(f"{path} is not UTF-8: let ncu write it with --log-file") from error
     header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if header is None or '"Metric Value"' not in lines[header]:
         raise CliError(f'{path} has no table with "ID" and "Metric Value": use ncu --csv')
@@ -228,7 +229,12 @@ def read_ncu(path: Path) -> dict[str, list[float]]:
             continue
         if row["Metric Unit"] not in NCU_UNITS:
             raise CliError(f"{path}: {metric} in {row['Metric Unit']!r}, not in bytes")
-        value = float(row["Metric Value"].replace(",", "")) * NCU_UNITS[row["Metric Unit"]]
+        try:
+            value = (
+                float((row["Metric Value"] or "").replace(",", "")) * NCU_UNITS[row["Metric Unit"]]
+            )
+        except ValueError as error:
+            raise CliError(f"{path}: {metric} is {row['Metric Value']!r}, not a number") from error
         found.setdefault(kernel[1], [0.0, 0.0])[NCU_METRICS[metric]] += value
     if not found:
         raise CliError(f"{path} has none of {', '.join(NCU_METRICS)} of a kernel of this library")

@@ -32,6 +32,8 @@ LINES = {
     ("sdpa-flash", "none"): ("dense, FlashAttention-2", "#e3a857"),
 }
 PEER = ("sdpa-cudnn", "none")
+# What a row must have.
+COLUMNS = ("gpu", "B", "N", "H", "D", "dtype", "kept", "ms_median")
 
 Series = dict[tuple[str, str], dict[int, float]]
 
@@ -46,7 +48,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise CliError(f"cannot read {path}: {error}") from error
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise CliError(f"{path} is no list of rows; give the bench.json of sla2 bench --output")
-    return [row for row in content if (row.get("op"), row.get("quant")) in LINES]
+    chosen = [row for row in content if (row.get("op"), row.get("quant")) in LINES]
+    missing = sorted({name for row in chosen for name in COLUMNS if name not in row})
+    if missing:
+        raise CliError(f"{path} has rows without {', '.join(missing)}")
+    return chosen
 
 
 def common(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:

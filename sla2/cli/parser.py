@@ -49,7 +49,7 @@ def _fraction(text: str) -> float:
 
 def _grid(text: str) -> tuple[int, int, int]:
     parts = text.lower().split("x")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 3 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(
             f"{text} is not a token grid FRAMESxHEIGHTxWIDTH such as 21x30x52"
         )
@@ -62,7 +62,7 @@ def parse_shape(text: str) -> tuple[int, int, int, int]:
     if text in SHAPES:
         return SHAPES[text]
     parts = text.lower().split("x")
-    if len(parts) != 4 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    if len(parts) != 4 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(
             f"{text} is neither a model ({', '.join(SHAPES)}) nor BxHxNxD such as 1x12x32760x128"
         )
