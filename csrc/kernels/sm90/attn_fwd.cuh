@@ -148,13 +148,6 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   auto key_tile = [&](int entry) {
     return base + C::kKeys + entry % C::kStagesK * C::kStageBytesK;
   };
-  QueryFeatures<C> features;
-  auto load_query = [&] {
-    const QueryBlock block(p);
-    if (producer.linear() || (!C::kInt8 && p.lse != nullptr)) {
-      features.load(block.template query<Element>(p), p.q.stride_token, block.rows);
-    }
-  };
   if (count > 0) {
     // The warpgroup's rows of Q; a shuffle tells the compiler that warps agree.
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
@@ -248,10 +241,7 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     wgmma_fence();
     issue_values<C>(acc[0], weights, value_tile(count - 1));
     wgmma_commit();
-    load_query();  // while the last product runs
     wgmma_wait<0>();
-  } else {
-    load_query();
   }
   const QueryBlock block(p);
   const int bh = block.bh, row0 = block.row0, rows = block.rows;
@@ -275,6 +265,8 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, staging, inverse_row_sum,
                   v_scale);
   }
+  QueryFeatures<C> features;
+  if (needs_query) features.load(block.template query<Element>(p), p.q.stride_token, rows);
   // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
   float correction[C::kTilesM][2] = {};
   if (needs_query)
