@@ -52,7 +52,7 @@ from sla2 import env
 from sla2.cli.bench import make_problem
 from sla2.cli.bench_timing import kernel_times, time_call
 from sla2.cli.bench_work import Shape
-from sla2.cli.device import path_in_use, pick_device, provenance, use_path
+from sla2.cli.device import path_in_use, pick_device, provenance, use_path, why_not_path
 from sla2.cli.errors import CliError
 from sla2.cli.files import output_folder, write_json
 from sla2.cli.parser import QUANT_MODES, SHAPES, parse_shape
@@ -363,17 +363,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
-    dtype, cases = getattr(torch, options.dtype), []
+    cases: list[Case] = []
     for shape in (Shape(*sizes) for sizes in options.shape):
         for quant in options.quant:
-            reason = env.why_not(device, dtype=options.dtype, quant=quant, head_dim=shape.head_dim)
+            properties: dict[str, Any] = {"head_dim": shape.head_dim, "quant": quant}
+            reason = env.why_not(device, dtype=options.dtype, **properties)
+            if reason is None:
+                reason = why_not_path(device, options.path, options.dtype, **properties)
             if reason is not None:
                 raise CliError(f"quant {quant} on {device}: {reason}")
-            # What "auto" takes tells whether the sm90 kernels serve the case.
-            best = path_in_use(device, "auto", dtype, shape.head_dim, quant)
-            path = best if options.path == "auto" else options.path
-            if path == "sm90" and best != "sm90":
-                raise CliError(f"path sm90 does not serve quant {quant} on {device}")
+            path = path_in_use(device, options.path)
             cases += [Case(shape, topk, quant, path) for topk in options.topk]
     if options.ncu_bytes is not None and len(cases) != 1:
         raise CliError(f"--ncu-bytes belongs to one case; these options make {len(cases)}")

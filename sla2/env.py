@@ -344,6 +344,18 @@ def _why_not_cuda(
     return None if answer is None else f"{name}: {answer}"
 
 
+def why_not_sm90(index: int, dtype: str, head_dim: int, quant: str) -> str | None:
+    """Why the Hopper kernels cannot serve such a call on that GPU, where `why_not` is None."""
+    if dtype not in _CUDA_DTYPES:
+        return f"path sm90: dtype {dtype} (allowed: {', '.join(_CUDA_DTYPES)})"
+    core, reason = _load("sla2._C")
+    if core is None:
+        return reason
+    arguments = (_CUDA_DTYPES.index(dtype), head_dim, _QUANTS.index(quant))
+    answer: str | None = core.supported(index, *arguments, 2)
+    return answer
+
+
 def is_available(
     device: Any = None, *, dtype: Any = None, quant: str = "none", head_dim: int = 128
 ) -> bool:

@@ -46,6 +46,7 @@ def _initial_path() -> str:
 
 _DEFAULT_PATH = _initial_path()
 _path: ContextVar[str] = ContextVar("sla2_kernel_path", default=_DEFAULT_PATH)
+current_path = _path.get  # the name of what kernel_path has chosen
 
 
 @contextlib.contextmanager

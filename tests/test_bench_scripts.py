@@ -339,16 +339,9 @@ def test_kernel_without_a_count_is_refused() -> None:
         bench_stages.summarise(case, {"pool_kernel": 1.0, "route_kernel": 1.0}, None)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--path", "sm90"], "path sm90 does not serve quant int8_fp8 on cpu"),
-        (["--ncu-bytes", "ncu.csv"], "belongs to one case; these options make 2"),
-    ],
-)
-def test_stages_refuse_cases(options: list[str], words: str) -> None:
-    parsed = bench_stages.parse(options)
-    with pytest.raises(CliError, match=words):
+def test_stages_refuse_counters_of_several_cases() -> None:
+    parsed = bench_stages.parse(["--ncu-bytes", "ncu.csv"])
+    with pytest.raises(CliError, match="belongs to one case; these options make 2"):
         bench_stages.make_cases(parsed, torch.device("cpu"))
 
 

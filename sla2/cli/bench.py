@@ -25,6 +25,7 @@ from sla2.cli.device import (
     pick_device,
     provenance,
     use_path,
+    why_not_path,
 )
 from sla2.cli.errors import CliError
 from sla2.cli.files import output_folder, write_json
@@ -49,7 +50,10 @@ def run(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     dtype = getattr(torch, options.dtype)
     for head_dim, quant in ((s.head_dim, q) for s in _shapes(options) for q in options.quant):
-        reason = env.why_not(device, dtype=options.dtype, quant=quant, head_dim=head_dim)
+        properties: dict[str, Any] = {"head_dim": head_dim, "quant": quant}
+        reason = env.why_not(device, dtype=options.dtype, **properties)
+        if reason is None:
+            reason = why_not_path(device, options.path, options.dtype, **properties)
         if reason is not None:
             raise CliError(f"quant {quant} on {device}: {reason}")
     folder = None if options.output is None else output_folder(options.output)
@@ -282,7 +286,7 @@ class Bench:
         )
         clocks = clocks_mhz(self.device)
         per_ms = 1e-9 / timing.median  # FLOP per call -> TFLOP/s
-        path = path_in_use(self.device, self.options.path, self.dtype, shape.head_dim, quant)
+        path = path_in_use(self.device, self.options.path)
         row = {
             **self.source,
             "op": op,

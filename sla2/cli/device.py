@@ -52,21 +52,22 @@ def use_path(device: torch.device, path: str) -> AbstractContextManager[None]:
     return ops.kernel_path(path)
 
 
-def path_in_use(
-    device: torch.device, path: str, dtype: torch.dtype, head_dim: int, quant: str
-) -> str:
-    """Whose kernels a call with these properties runs: "cpu", "portable" or "sm90"."""
+def path_in_use(device: torch.device, path: str) -> str:
+    """Whose kernels a call runs under `use_path`: "cpu", "portable" or "sm90"."""
     if device.type == "cpu":
         return "cpu"
-    if path != "auto":
-        return path
-    from sla2 import _C
+    chosen = ops.current_path() if path == "auto" else path
+    return "portable" if chosen == "auto" else chosen
 
-    dtypes = {torch.bfloat16: 0, torch.float16: 1}
-    quants = {"none": 0, "int8_fp16": 1, "int8_fp8": 2}
+
+def why_not_path(
+    device: torch.device, path: str, dtype: str, head_dim: int, quant: str
+) -> str | None:
+    """Why the kernels of `path` cannot serve such a call on a device that sla2 runs on, or None."""
+    if path_in_use(device, path) != "sm90":
+        return None
     index = torch.cuda.current_device() if device.index is None else device.index
-    reason = _C.supported(index, dtypes[dtype], head_dim, quants[quant], 2)
-    return "sm90" if reason is None else "portable"
+    return env.why_not_sm90(index, dtype, head_dim, quant)
 
 
 def clear_tf32() -> None:

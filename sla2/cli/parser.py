@@ -10,6 +10,7 @@ SHAPES = {  # preset -> (B, H, N, D)
 }
 QUANT_MODES = ("none", "int8_fp16", "int8_fp8")
 DTYPES = ("bfloat16", "float16", "float32")
+PATHS = ("auto", "portable", "sm90")
 PEERS = ("sdpa-flash", "sdpa-cudnn", "flex")
 
 
@@ -103,7 +104,7 @@ def _add_selftest(commands: Subparsers[argparse.ArgumentParser]) -> None:
     _add_device(parser)
     parser.add_argument(
         "--path",
-        choices=("auto", "portable"),
+        choices=PATHS,
         default="auto",
         help="kernels to test on a GPU (default: those the device would use)",
     )
@@ -148,7 +149,7 @@ def _add_bench(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument(
         "--path",
-        choices=("auto", "portable"),
+        choices=PATHS,
         default="auto",
         help="kernels to time on a GPU (default: the device's own)",
     )

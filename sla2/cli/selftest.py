@@ -23,7 +23,14 @@ import sla2
 from sla2 import env, reference
 from sla2.cli import accuracy
 from sla2.cli.accuracy import Check, Rows
-from sla2.cli.device import clear_tf32, path_in_use, pick_device, provenance, use_path
+from sla2.cli.device import (
+    clear_tf32,
+    path_in_use,
+    pick_device,
+    provenance,
+    use_path,
+    why_not_path,
+)
 from sla2.cli.errors import CliError, explain_missing_packages
 from sla2.cli.selftest_cases import Case, Inputs, cases, make_inputs
 
@@ -72,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     summary: dict[str, Any] = {
         **provenance(device, None),
         "device": str(device),
-        "path": path_in_use(device, options.path, torch.bfloat16, 128, "none"),
+        "path": path_in_use(device, options.path),
         "amount": options.amount,
         "cases": len(ran),
         "skipped": len(outcomes) - len(ran),
@@ -109,7 +116,12 @@ def run_case(case: Case, device: torch.device) -> Outcome:
 
 
 def _why_skip(case: Case, device: torch.device) -> str | None:
-    return env.why_not(device, dtype=case.dtype, quant=case.quant, head_dim=case.head_dim)
+    properties: dict[str, Any] = {
+        "dtype": case.dtype,
+        "quant": case.quant,
+        "head_dim": case.head_dim,
+    }
+    return env.why_not(device, **properties) or why_not_path(device, "auto", **properties)
 
 
 def _check_forward_case(case: Case, inputs: Inputs) -> list[Check]:
