@@ -4,8 +4,7 @@
     python bench/bench_stages.py --shape wan14b-720p --quant int8_fp8 none --topk 0.03 0.1
 
 Times are means of torch's profiler with a warm L2 cache; the whole call is timed by events with a
-cold one. Kernels of the sm90 path start while their predecessor drains and wait inside, so that
-their times overlap and may sum to more than the call takes.
+cold one.
 
 Counted bytes. A kernel reads each tensor once from memory and writes each once; what it reads again
 comes out of the L2 cache. Weights, alpha and the statistics of a head are too small to count.

@@ -14,8 +14,10 @@ EPS: Final = 1e-30
 """Lower bound of every quantiser's amax and of the linear branch's denominator."""
 
 E4M3_MAX: Final = 448.0
-E4M3_P_FACTOR: Final = 256.0  # of P in (0, 1]; a power of two, so that p itself is what rounds
 """Largest finite value of the fp8 format e4m3."""
+
+E4M3_P_FACTOR: Final = 256.0
+"""What multiplies P in (0, 1] before it rounds: a power of two, so that p itself is what rounds."""
 
 INT8_MAX: Final = 127
 """Largest magnitude of the symmetric int8 quantiser."""

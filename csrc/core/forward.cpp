@@ -202,10 +202,10 @@ void run_router(const Shape& shape, const sla2_shape& given, const sla2_router& 
                 cudaStream_t stream) {
   const NvtxRange range("sla2.route");
   const std::string problem = describe(given);
+  const ProjectInputs inputs = {shape,         buffers.q_mean,         k_sum, k_mean, router.proj_q,
+                                router.proj_k, router.proj_stride_head};
   if (buffers.fused) {
-    const SplitProjectParams project = {
-        shape,         buffers.q_mean,          k_sum,           k_mean,          router.proj_q,
-        router.proj_k, router.proj_stride_head, buffers.q_split, buffers.k_split, stream};
+    const SplitProjectParams project = {inputs, buffers.q_split, buffers.k_split, stream};
     check_launch(launch_project_sm90(project, given.head_dim), "router_project", problem);
     const RouteParams route = {shape,
                                buffers.q_split,
@@ -222,9 +222,7 @@ void run_router(const Shape& shape, const sla2_shape& given, const sla2_router& 
     return;
   }
 
-  const ProjectParams project = {
-      shape,         buffers.q_mean,          k_sum,          k_mean,         router.proj_q,
-      router.proj_k, router.proj_stride_head, buffers.q_proj, buffers.k_proj, stream};
+  const ProjectParams project = {inputs, buffers.q_proj, buffers.k_proj, stream};
   check_launch(launch_project(project, given.head_dim), "router_project", problem);
 
   SelectParams select = {};

@@ -45,7 +45,7 @@ struct ReduceParams {
   cudaStream_t stream;
 };
 
-struct ProjectParams {
+struct ProjectInputs {
   Shape shape;
   const float* q_mean;  // [BH, T_m, D]
   const float* k_sum;   // [BH, T_n, D]
@@ -53,6 +53,9 @@ struct ProjectParams {
   const float* proj_q;  // [D, D] or [H, D, D]
   const float* proj_k;
   int64_t proj_stride_head;
+};
+
+struct ProjectParams : ProjectInputs {
   float* q_proj;  // [BH, T_m, D]
   float* k_proj;  // [BH, T_n, D]
   cudaStream_t stream;
@@ -179,14 +182,7 @@ struct SplitRows {
   float* scale;     // [BH, split_rows(T)]
 };
 
-struct SplitProjectParams {
-  Shape shape;
-  const float* q_mean;  // [BH, T_m, D]
-  const float* k_sum;   // [BH, T_n, D]
-  const float* k_mean;  // [BH, D]
-  const float* proj_q;  // [D, D] or [H, D, D]
-  const float* proj_k;
-  int64_t proj_stride_head;
+struct SplitProjectParams : ProjectInputs {
   SplitRows q, k;  // T = T_m and T_n
   cudaStream_t stream;
 };

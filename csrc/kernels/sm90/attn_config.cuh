@@ -50,8 +50,8 @@ struct AttnConfigSm90 {
   static constexpr int kListed = 256;
 
   // [Q | K ring | V ring | Z | list | K scales | scratch | producer | barriers]; tiles are
-  // 1024-byte aligned for the swizzle. After the last block the rings stage the output. 16-bit
-  // tiles leave no room for Z: there it comes late, over Q.
+  // 1024-byte aligned for the swizzle. After the last block Q's bytes stage the output (the rings
+  // may hold H). 16-bit tiles leave no room for Z: there it comes late, over the rest of Q.
   static constexpr int kKeys = kQueryBytes;
   static constexpr int kValues = kKeys + kStagesK * kStageBytesK;
   static constexpr bool kEarlyZ = kInt8;

@@ -10,7 +10,6 @@
 #include "async.cuh"
 #include "attn_inputs.cuh"
 #include "attn_softmax.cuh"
-#include "launch.cuh"
 #include "tensor_map.h"
 
 namespace sla2 {
@@ -80,7 +79,6 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     if constexpr (C::kInt8) {
       query.load(block.template query<Element>(p), p.q.stride_token, block.rows);
     }
-    wait_for_predecessor();
     // All reads at once: entries past the count are read too and not used.
     static_assert(C::kListed <= C::kThreads, "one entry a thread");
     if (threadIdx.x < min(p.max_kv_blocks, C::kListed)) {
@@ -336,8 +334,9 @@ cudaError_t launch_attn_fwd_sm90(const AttnParams& p) {
   const auto kernel = attn_fwd_sm90_kernel<Element, kHeadDim, kQuant>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes));
   if (status != cudaSuccess) return status;
-  return launch_chained(kernel, p.shape.num_bh * p.shape.num_q_blocks, C::kThreads, C::kSmemBytes,
-                        p.stream, p, maps);
+  const int ctas = p.shape.num_bh * p.shape.num_q_blocks;
+  kernel<<<ctas, C::kThreads, C::kSmemBytes, p.stream>>>(p, maps);
+  return cudaGetLastError();
 }
 
 }  // namespace sla2

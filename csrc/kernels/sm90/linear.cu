@@ -3,7 +3,7 @@
 // the complement by the tensor cores; as two streams of warps on every SM they overlap.
 #include <algorithm>
 
-#include "launch.cuh"
+#include "../common/dispatch.h"
 #include "linear.cuh"
 #include "linear_complement.cuh"
 #include "linear_state.cuh"
@@ -50,8 +50,6 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<LinearSmem<Element, kHeadDim>*>(smem_bytes);
   initialise(smem);
-  let_successor_start();
-  wait_for_predecessor();
   const int group = uniform(static_cast<int>(threadIdx.x / kWarpgroup));
   if (group < kComplementGroups) {
     grow_registers<kComplementRegisters>();
@@ -106,31 +104,8 @@ cudaError_t launch(const LinearParams& p) {
       int64_t{1} * p.shape.num_bh * args.row_tiles * (state_elements(kHeadDim) / kTileColumns);
   const int64_t tasks = p.state == nullptr ? state_tasks : std::max(state_tasks, tiles);
   const int grid = static_cast<int>(std::min<int64_t>(sms, tasks));
-  return launch_chained(kernel, grid, kLinearThreads, sizeof(Smem), p.stream, args);
-}
-
-template <typename Element, int kHeadDim>
-cudaError_t by_quant(const LinearParams& p) {
-  switch (p.quant) {
-    case SLA2_QUANT_NONE:
-      return launch<Element, kHeadDim, SLA2_QUANT_NONE>(p);
-    case SLA2_QUANT_INT8_FP8:
-      return launch<Element, kHeadDim, SLA2_QUANT_INT8_FP8>(p);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-template <typename Element>
-cudaError_t by_head_dim(const LinearParams& p, int head_dim) {
-  switch (head_dim) {
-    case 64:
-      return by_quant<Element, 64>(p);
-    case 128:
-      return by_quant<Element, 128>(p);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  kernel<<<grid, kLinearThreads, sizeof(Smem), p.stream>>>(args);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -138,8 +113,17 @@ cudaError_t by_head_dim(const LinearParams& p, int head_dim) {
 int linear_counters(const Shape& shape) { return 2 + 2 * shape.num_bh; }
 
 cudaError_t launch_linear_sm90(const LinearParams& p, int dtype, int head_dim) {
-  return dtype == SLA2_BFLOAT16 ? by_head_dim<__nv_bfloat16>(p, head_dim)
-                                : by_head_dim<__half>(p, head_dim);
+  return dispatch(dtype, head_dim, [&](auto instance) {
+    using I = decltype(instance);
+    switch (p.quant) {
+      case SLA2_QUANT_NONE:
+        return launch<typename I::Element, I::kHeadDim, SLA2_QUANT_NONE>(p);
+      case SLA2_QUANT_INT8_FP8:
+        return launch<typename I::Element, I::kHeadDim, SLA2_QUANT_INT8_FP8>(p);
+      default:
+        return cudaErrorInvalidValue;
+    }
+  });
 }
 
 }  // namespace sla2

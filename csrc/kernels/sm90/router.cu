@@ -8,7 +8,6 @@
 #include "../common/layout.cuh"
 #include "../common/params.h"
 #include "async.cuh"
-#include "launch.cuh"
 #include "router_select.cuh"
 #include "router_split.cuh"
 #include "wgmma.cuh"
@@ -220,8 +219,6 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 2)
 #pragma unroll 1
   for (int i = threadIdx.x; i < num_bits; i += kThreads) bits[i] = mask_all(i / kRows, num_keys);
   __syncthreads();
-  let_successor_start();
-  wait_for_predecessor();
   cluster_arrive();
   score<kHeadDim>(p, s, smem, bh, group_row0);
   cluster_arrive();
@@ -271,7 +268,8 @@ cudaError_t launch(const RouteParams& p) {
   if (status != cudaSuccess) return status;
   const int groups = (p.shape.num_q_blocks + kQueryTile - 1) / kQueryTile;
   const dim3 grid(p.shape.num_bh * groups * kCluster);
-  return launch_chained(route_kernel<kHeadDim>, grid, kThreads, s.bytes, p.stream, p, s);
+  route_kernel<kHeadDim><<<grid, kThreads, s.bytes, p.stream>>>(p, s);
+  return cudaGetLastError();
 }
 
 }  // namespace

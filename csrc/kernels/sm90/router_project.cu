@@ -2,7 +2,6 @@
 #include "../common/layout.cuh"
 #include "../common/params.h"
 #include "async.cuh"
-#include "launch.cuh"
 #include "router_split.cuh"
 #include "wgmma.cuh"
 
@@ -168,10 +167,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = tile * 64 + warp * 16 + lane / 4;
 
-  let_successor_start();
   split_weight<kHeadDim>(
       (is_query ? p.proj_q : p.proj_k) + bh % p.shape.num_heads * p.proj_stride_head, smem);
-  wait_for_predecessor();
   PooledRows<kHeadDim> a;
   a.load((is_query ? p.q_mean : p.k_sum) + (static_cast<int64_t>(bh) * num_rows + row) * kHeadDim +
              lane % 4 * 2,
@@ -255,7 +252,8 @@ cudaError_t launch(const SplitProjectParams& p) {
   if (status != cudaSuccess) return status;
   const int tiles = (split_rows(p.shape.num_q_blocks) + split_rows(p.shape.num_k_blocks)) / 64;
   const dim3 grid(p.shape.num_bh * tiles);
-  return launch_chained(project_kernel<kHeadDim>, grid, kThreads, kBytes, p.stream, p);
+  project_kernel<kHeadDim><<<grid, kThreads, kBytes, p.stream>>>(p);
+  return cudaGetLastError();
 }
 
 }  // namespace
