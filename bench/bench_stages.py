@@ -8,13 +8,13 @@ cold one.
 
 Counted bytes. A kernel reads each tensor once from memory and writes each once; what it reads again
 comes out of the L2 cache. Weights, alpha and the statistics of a head are too small to count.
-`linear_kernel` keeps the states of three heads in a ring that is meant to stay in L2: they are not
-counted. The portable kernels' states are, once written and once read.
+`linear_kernel` keeps the states of two or three heads in a ring that is meant to stay in L2: they
+are not counted. The portable kernels' states are, once written and once read.
 
 Counted operations, two per multiply-add, of the method and not of a kernel: 6 (T_m + T_n) D^2 and
 6 T_m T_n D for the router (each of its products takes three of 16 bit to be as exact as float32),
-2 N D^2 for the states, 2 T_m T_n (D^2 + 2 D) for the complement, 2 N 64 K D for each of Q K^T and
-P V over K blocks of 64 keys, 2 N D^2 for phi(Q) H; all times B H.
+2 N D^2 for the states, 2 T_m T_n (D^2 + 2 D) for the complement (4 D where states are in e4m3),
+2 N 64 K D for each of Q K^T and P V over K blocks of 64 keys, 2 N D^2 for phi(Q) H; all times B H.
 
 The floor is the larger of bytes and operations at the highest rates seen on one H200: 4.26 TB/s of
 copy, 751 TFLOP/s in bf16, 1300 in int8 and e4m3; that of several kernels is the sum of theirs.
@@ -51,7 +51,14 @@ from sla2 import env
 from sla2.cli.bench import make_problem
 from sla2.cli.bench_timing import kernel_times, time_call
 from sla2.cli.bench_work import Shape
-from sla2.cli.device import path_in_use, pick_device, provenance, use_path, why_not_path
+from sla2.cli.device import (
+    ROUTED_BY_SM90,
+    path_in_use,
+    pick_device,
+    provenance,
+    use_path,
+    why_not_path,
+)
 from sla2.cli.errors import CliError
 from sla2.cli.files import output_folder, write_json
 from sla2.cli.parser import QUANT_MODES, SHAPES, parse_shape
@@ -77,7 +84,7 @@ NCU_UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
 
 class Case(NamedTuple):
-    """One forward call; path: whose kernels run, "portable" or "sm90"."""
+    """One forward call; path: whose kernels run, "portable", "sm90" or ROUTED_BY_SM90."""
 
     shape: Shape
     topk: float
@@ -114,13 +121,16 @@ def kernel_work(case: Case) -> dict[str, Work]:
     q_mean, k_sum = 4 * q_rows * d, 4 * kv_rows * d
     v_amax = 4 * q_rows * d if quantised else 0
     statistics = 4 * heads * d * (3 if quantised else 1)  # K's mean, V's scales
+    k_range = 4 * kv_rows * d if quantised and case.path == "sm90" else 0
     lists = q_rows * (2 * kept + 4)
     mask = 4 * heads * _up(kv_blocks, 64) // 32 * _up(q_blocks, 128)
     record_bytes = {"none": 0, "int8_fp8": 2, "int8_fp16": 3}[case.quant]  # per key and feature
     records = kv_rows * (BLOCK_K * d * record_bytes + 4) if quantised else 0
-    state_columns = d * d + 2 * d
+    states8 = case.path == "sm90" and case.quant == "int8_fp8"  # in e4m3, z in four parts
+    parts = 4 if states8 else 2
+    state_columns = d * d + parts * d
     states = 2 * kv_rows * state_columns
-    sums = q_rows * (2 * d * d + 8 * d)  # H and Z
+    sums = q_rows * (2 * d * d + 4 * parts * d)  # H and Z
 
     state_flop = 2.0 * heads * n * d * d
     complement_flop = 2.0 * heads * q_blocks * kv_blocks * state_columns
@@ -134,8 +144,9 @@ def kernel_work(case: Case) -> dict[str, Work]:
         (2 - wide_products) * product,
     )
 
+    pooled = q_mean + k_sum + v_amax + k_range
     work = {
-        "pool_kernel": Work("pool", (3 if quantised else 2) * tensor, q_mean + k_sum + v_amax),
+        "pool_kernel": Work("pool", (3 if quantised else 2) * tensor, pooled),
         "reduce_kernel": Work("reduce", k_sum + v_amax, statistics),
         "complement_mask_kernel": Work("linear", lists, mask),
     }
@@ -143,9 +154,10 @@ def kernel_work(case: Case) -> dict[str, Work]:
     if case.path == "sm90":
         work["linear_kernel"] = Work(
             "linear",
-            2 * tensor + statistics + mask,
+            2 * tensor + k_range + statistics + mask,
             records + sums,
-            state_flop + complement_flop,
+            state_flop + (0.0 if states8 else complement_flop),
+            complement_flop if states8 else 0.0,
         )
         work["attn_fwd_sm90_kernel"] = attention
     else:
@@ -163,11 +175,12 @@ def _router_work(case: Case, means: int, lists: int, mask: int) -> dict[str, Wor
     q_blocks, kv_blocks = shape.q_blocks, shape.kv_blocks
     project_flop = 6.0 * heads * (q_blocks + kv_blocks) * d * d
     score_flop = 6.0 * heads * q_blocks * kv_blocks * d
-    if case.path == "sm90" and kv_blocks <= ROUTE_KEY_BLOCKS:
+    if case.path in ("sm90", ROUTED_BY_SM90) and kv_blocks <= ROUTE_KEY_BLOCKS:
+        written = lists + (mask if case.path == "sm90" else 0)
         parts = heads * (_up(q_blocks, 64) + _up(kv_blocks, 64)) * (4 * d + 4)
         return {
             "project_kernel": Work("router", means, parts, project_flop),
-            "route_kernel": Work("router", parts, lists + mask, score_flop),
+            "route_kernel": Work("router", parts, written, score_flop),
         }
     scores = 4 * heads * q_blocks * kv_blocks
     return {
@@ -368,11 +381,16 @@ def make_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
             properties: dict[str, Any] = {"head_dim": shape.head_dim, "quant": quant}
             reason = env.why_not(device, dtype=options.dtype, **properties)
             if reason is None:
-                reason = why_not_path(device, options.path, options.dtype, **properties)
+                longest = shape.kept_blocks(max(options.topk))
+                reason = why_not_path(
+                    device, options.path, options.dtype, **properties, num_kv_blocks=longest
+                )
             if reason is not None:
                 raise CliError(f"quant {quant} on {device}: {reason}")
-            path = path_in_use(device, options.path)
-            cases += [Case(shape, topk, quant, path) for topk in options.topk]
+            for topk in options.topk:
+                kept = shape.kept_blocks(topk)
+                path = path_in_use(device, options.path, quant, kept, routed=True)
+                cases.append(Case(shape, topk, quant, path))
     if options.ncu_bytes is not None and len(cases) != 1:
         raise CliError(f"--ncu-bytes belongs to one case; these options make {len(cases)}")
     return cases
@@ -387,7 +405,7 @@ def run(options: argparse.Namespace) -> None:
     folder = None if options.output is None else output_folder(options.output)
     entries = []
     for case in cases:
-        with use_path(device, case.path):
+        with use_path(device, options.path):
             call = forward_call(case, getattr(torch, options.dtype), device, options.seed)
             if options.once:
                 call()

@@ -26,7 +26,7 @@ HEAD_DIMS: Final = (64, 128)
 """Head dimensions the kernels are built for; `sla2.reference` takes any."""
 
 QUANT_MODES: Final = ("none", "int8_fp16", "int8_fp8")
-"""Precisions of the sparse branch's forward pass."""
+"""Precisions of the forward pass."""
 
 MAX_SEQLEN: Final = 1 << 20
 """Longest supported sequence: T_n = 16384 key blocks, whose indices fit uint16."""

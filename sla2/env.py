@@ -36,6 +36,7 @@ _QUANTS = ("none", "int8_fp16", "int8_fp8")
 _CPU_DTYPES = ("bfloat16", "float16", "float32", "float64")
 _CUDA_DTYPES = ("bfloat16", "float16")
 _HEAD_DIMS = (64, 128)
+_MAX_BLOCKS_SM90_FP8 = 128  # kMaxBlocksSm90Fp8 in csrc/core/forward.cpp
 # The oldest driver of each CUDA major release; one release runs on every driver of its major.
 _MIN_DRIVER = {12: "525.60.13", 13: "580.65.06"}
 _INSTALLED = (
@@ -344,7 +345,9 @@ def _why_not_cuda(
     return None if answer is None else f"{name}: {answer}"
 
 
-def why_not_sm90(index: int, dtype: str, head_dim: int, quant: str) -> str | None:
+def why_not_sm90(
+    index: int, dtype: str, head_dim: int, quant: str, num_kv_blocks: int
+) -> str | None:
     """Why the Hopper kernels cannot serve such a call on that GPU, where `why_not` is None."""
     if dtype not in _CUDA_DTYPES:
         return f"path sm90: dtype {dtype} (allowed: {', '.join(_CUDA_DTYPES)})"
@@ -353,6 +356,11 @@ def why_not_sm90(index: int, dtype: str, head_dim: int, quant: str) -> str | Non
         return reason
     arguments = (_CUDA_DTYPES.index(dtype), head_dim, _QUANTS.index(quant))
     answer: str | None = core.supported(index, *arguments, 2)
+    if answer is None and quant == "int8_fp8" and num_kv_blocks > _MAX_BLOCKS_SM90_FP8:
+        return (
+            f"path sm90 with quant int8_fp8 takes lists of at most {_MAX_BLOCKS_SM90_FP8} key "
+            f"blocks, not {num_kv_blocks}; use path auto or portable"
+        )
     return answer
 
 

@@ -116,8 +116,9 @@ def sla2_attention(
         num_kv_blocks: K itself, in 1..T_n; overrides `topk`.
         scale: softmax scale, by default 1 / sqrt(D). The router's own 1 / sqrt(D) does not follow
         it.
-        quant: "none", "int8_fp16" or "int8_fp8": precision of the sparse branch's forward pass. The
-            gradient is always that of the unquantised operands.
+        quant: "none", "int8_fp16" or "int8_fp8": precision of the sparse branch's forward pass;
+            "int8_fp8" also keeps the linear branch's states in e4m3. The gradient is always that of
+            the unquantised operands.
         mode: "hard", or "soft" for stage 1: the SoftTop-k mask with temperature `tau` on
             `router_score` "scaled", "raw" or "softmax", differentiable in proj_q and proj_k.
             Both need quant="none" in soft mode; `tau` and `router_score` do not affect hard mode.

@@ -11,8 +11,8 @@ and `sla2.blockwise` on the GPU for gradients and the soft mode (correct, slower
 The kernels read 16 bytes at a time. A CUDA tensor whose address, or batch, token or head stride, is
 not a multiple of 16 bytes is copied first; any other strides, zero included, are used as they are.
 
-`kernel_path` (or the environment variable SLA2_PATH, read once at import: "auto", "portable" or
-"sm90") forces one set of kernels, for tests and benchmarks.
+A call takes the kernels "sm90" where they can serve it, else "portable"; `kernel_path` (or the
+environment variable SLA2_PATH, read once at import) forces one set, for tests and benchmarks.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ current_path = _path.get  # the name of what kernel_path has chosen
 
 @contextlib.contextmanager
 def kernel_path(name: str) -> Iterator[None]:
-    """Within the block, this thread's CUDA calls use the kernels "auto", "portable" or "sm90".
+    """Forces the kernels "portable" or "sm90" on this thread's calls in the block; "auto" chooses.
 
-    A call that these kernels cannot serve raises RuntimeError. Raises ValueError for another name.
+    A call that forced ones cannot serve raises RuntimeError. Raises ValueError for another name.
     """
     check_choice("kernel path", name, tuple(_PATHS))
     token = _path.set(name)

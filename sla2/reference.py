@@ -30,13 +30,17 @@ from .reference_branches import (
     blend,
     effective_alpha,
     linear_branch,
+    linear_branch_fp8,
     quantize_v,
     quantized_scores,
     sparse_branch,
     sparse_branch_quantized,
+    state_scale,
+    straight_through,
 )
 from .reference_math import (
     block_states,
+    channel_amax,
     expand_rows,
     feature_map,
     hard_map,
@@ -44,6 +48,7 @@ from .reference_math import (
     num_blocks,
     pool_blocks,
     quantize_per_block,
+    quantize_states_fp8,
     quantize_v_fp8,
     quantize_v_fp16,
     rounded,
@@ -62,8 +67,10 @@ __all__ = [
     "feature_map",
     "hard_map",
     "linear_branch",
+    "linear_branch_fp8",
     "pool_blocks",
     "quantize_per_block",
+    "quantize_states_fp8",
     "quantize_v_fp16",
     "quantize_v_fp8",
     "route",
@@ -262,11 +269,17 @@ def sla2_attention(
         o_s, lse = sparse_branch(q, k, v, listed, scale=scale, bias=bias, **blocks)
     else:
         o_s, lse = sparse_branch_quantized(q, k, v, listed, scale=scale, quant=quant, **blocks)
-    o_l = linear_branch(q, k_raw if phi_input == "raw" else k, v, weights, **blocks)
+    k_phi = k_raw if phi_input == "raw" else k
+    o_l = linear_branch(q, k_phi, v, weights, **blocks)
     alpha = alpha_per_token(alpha_logit, heads, num_tokens, block_q, q.dtype)
     has_list = expand_rows(listed.any(dim=-1), block_q, num_tokens, -1)
     empty = expand_rows((weights == 0).all(dim=-1), block_q, num_tokens, -1)
-    out = _finish(blend(o_s, o_l, effective_alpha(alpha, has_list, empty)), layout, dtype, low)
+    alpha = effective_alpha(alpha, has_list, empty)
+    out = blend(o_s, o_l, alpha)
+    if quant == "int8_fp8":
+        o_l = linear_branch_fp8(q, k_phi, v, weights, **blocks)
+        out = straight_through(blend(o_s, o_l, alpha), out)
+    out = _finish(out, layout, dtype, low)
     if not return_aux:
         return out
     return out, Aux(lse, mask, 1.0 - count / mask.shape[-1])
@@ -343,18 +356,25 @@ def rows_of_blocks(query_blocks: Tensor, num_tokens: int, block_q: int = BLOCK_Q
 
 
 def _state_of_blocks(
-    phi_k: Tensor, v: Tensor, weights: Tensor, block_k: int, low: torch.dtype | None
+    phi_k: Tensor, v: Tensor, weights: Tensor, block_k: int, low: torch.dtype | None, *, fp8: bool
 ) -> tuple[Tensor, Tensor]:
-    """H_i, Z_i of one head from phi(K), V (N, D) and weights (I, T_n), 64 key blocks at a time."""
+    """H_i, Z_i of one head from phi(K), V (N, D) and weights (I, T_n), 64 key blocks at a time.
+
+    fp8: states in e4m3, as in `linear_branch_fp8`.
+    """
     num_tokens, dim = v.shape
+    amax = channel_amax(v[None, None])
     state, norm = v.new_zeros(len(weights), dim * dim), v.new_zeros(len(weights), dim)
     step = 64 * block_k
     for start in range(0, num_tokens, step):
         part = slice(start, start + step)
         h, z = block_states(phi_k[None, None, part], v[None, None, part], block_k)
+        h = quantize_states_fp8(h, amax, block_k).to(h.dtype) if fp8 else rounded(h, low)
         w = weights[:, start // block_k :][:, : z.shape[2]]
-        state += w @ rounded(h[0, 0], low).flatten(1)
+        state += w @ h[0, 0].flatten(1)
         norm += w @ rounded(z[0, 0], low)
+    if fp8:
+        state *= state_scale(amax, block_k)[0, 0].to(state.dtype)
     return state, norm
 
 
@@ -381,7 +401,8 @@ def sla2_attention_rows(
     Gathers the listed key blocks alone and sums the linear states over the key blocks, one head at
     a time. Arguments are those of `sla2_attention`; block_map is required; no gradient. Returns
     (out, o_s, o_l, lse) in the dtype of the arithmetic: three (B, R, H, D) (in `layout`) and
-    (B, H, R), rows in the order of `rows_of_blocks(query_blocks, N)`.
+    (B, H, R), rows in the order of `rows_of_blocks(query_blocks, N)`; o_s and o_l as `quant` makes
+    them.
     """
     _check_choice("quant", quant, QUANT_MODES)
     _check_choice("phi_input", phi_input, ("smoothed", "raw"))
@@ -421,9 +442,11 @@ def sla2_attention_rows(
                 s2 = quantized_scores(q8, k8[keys], pair_scale)
                 o_s[b, h, out], lse[b, h, out] = attend_quantized(s2, v_low[keys], channel, quant)
 
-        phi_k = rounded(feature_map(k_raw if phi_input == "raw" else k_h), low)
+        fp8 = quant == "int8_fp8"
+        phi_k = feature_map(k_raw if phi_input == "raw" else k_h)
+        phi_k = rounded(phi_k, torch.bfloat16 if fp8 else low)
         weights = (~listed[b, h]).to(dtype)
-        state, norm = _state_of_blocks(phi_k, v_h, weights, block_k, low)
+        state, norm = _state_of_blocks(phi_k, v_h, weights, block_k, low, fp8=fp8)
         for i, chunk in enumerate(chunks):
             first = sum(map(len, chunks[:i]))
             phi_q = feature_map(q_h[chunk])[None]

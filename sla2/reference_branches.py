@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .constants import BLOCK_K, BLOCK_Q, E4M3_P_FACTOR, EPS
+from .constants import BLOCK_K, BLOCK_Q, E4M3_MAX, E4M3_P_FACTOR, EPS
 from .reference_math import (
     LN_2,
     LOG2_E,
     block_states,
+    channel_amax,
     expand_map,
     expand_rows,
     feature_map,
@@ -26,6 +27,7 @@ from .reference_math import (
     matmul,
     num_blocks,
     quantize_per_block,
+    quantize_states_fp8,
     quantize_v_fp8,
     quantize_v_fp16,
     rounded,
@@ -217,6 +219,56 @@ def linear_branch(
     phi_q = to_blocks(feature_map(q), block_q)
     empty = (weights == 0).all(dim=-1)
     return from_blocks(apply_state(phi_q, state, norm, empty, low), q.shape[-2])
+
+
+def state_scale(amax: Tensor, block_k: int) -> Tensor:
+    """The unit of `quantize_states_fp8` for every entry of a state: (B, H, 1, D * D)."""
+    return (amax / E4M3_MAX * block_k).repeat(1, 1, 1, amax.shape[-1])
+
+
+@torch.no_grad()
+def linear_branch_fp8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: Tensor,
+    *,
+    block_q: int = BLOCK_Q,
+    block_k: int = BLOCK_K,
+    low: torch.dtype | None = None,
+) -> Tensor:
+    """`linear_branch` with its states in e4m3, as quant "int8_fp8" keeps them. It has no gradient.
+
+    phi(K) is rounded to bfloat16, h_j = phi(K_j)^T V_j to e4m3 in units of block_k a_c / 448;
+    H_i sums the e4m3 values and multiplies by the unit then. z_j sums the same phi(K), exactly.
+    """
+    amax = channel_amax(v)
+    h, z = block_states(rounded(feature_map(k), torch.bfloat16), rounded(v, low), block_k)
+    total = rounded(weights, low) @ quantize_states_fp8(h, amax, block_k).to(h.dtype).flatten(-2)
+    state = total * state_scale(amax, block_k).to(h.dtype)
+    norm = rounded(weights, low) @ rounded(z, low)
+    phi_q = to_blocks(feature_map(q), block_q)
+    empty = (weights == 0).all(dim=-1)
+    return from_blocks(apply_state(phi_q, state, norm, empty, low), q.shape[-2])
+
+
+class _StraightThrough(torch.autograd.Function):
+    """(low_bit, plain) -> low_bit, with the gradient going to plain."""
+
+    @staticmethod
+    def forward(ctx: Any, low_bit: Tensor, plain: Tensor) -> Tensor:
+        return low_bit.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def straight_through(low_bit: Tensor, plain: Tensor) -> Tensor:
+    """The value of `low_bit` with the gradient of `plain`, which it approximates."""
+    out: Tensor = _StraightThrough.apply(low_bit.detach(), plain)
+    return out
 
 
 def blend(o_s: Tensor, o_l: Tensor, alpha: Tensor) -> Tensor:

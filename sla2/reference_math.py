@@ -230,14 +230,28 @@ def to_e4m3(x: Tensor) -> Tensor:
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
-def quantize_v_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
-    """V8 = e4m3(v 448 / a_c), a_c = max(amax over the N tokens of channel c, EPS).
+def channel_amax(v: Tensor) -> Tensor:
+    """a_c = max(amax over the N tokens of channel c, EPS): float32 (B, H, 1, D)."""
+    return v.float().abs().amax(dim=-2, keepdim=True).clamp_min(EPS)
 
-    Returns e4m3 values (B, H, N, D) and float32 scales a_c / 448 (B, H, 1, D).
+
+def quantize_v_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
+    """V8 = e4m3(v 448 / a_c): e4m3 values (B, H, N, D) and float32 scales a_c / 448 (B, H, 1, D).
+
+    a_c: see `channel_amax`.
     """
-    values = v.float()
-    amax = values.abs().amax(dim=-2, keepdim=True).clamp_min(EPS)
-    return to_e4m3(values * (torch.full_like(amax, E4M3_MAX) / amax)), amax / E4M3_MAX
+    amax = channel_amax(v)
+    return to_e4m3(v.float() * (torch.full_like(amax, E4M3_MAX) / amax)), amax / E4M3_MAX
+
+
+def quantize_states_fp8(h: Tensor, amax: Tensor, block_k: int = BLOCK_K) -> Tensor:
+    """h8_j = e4m3(h_j 448 / (block_k a_c)) of states (B, H, T, D, D), V's `channel_amax` given.
+
+    |h_j| <= block_k a_c, as phi <= 1 and a block has block_k rows, so nothing saturates. The scale,
+    block_k a_c / 448, is the same for all blocks: sums over j add e4m3 values.
+    """
+    factor = torch.full_like(amax, E4M3_MAX) / amax / block_k
+    return to_e4m3(h.float() * factor[:, :, None])
 
 
 def scale_by_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
@@ -252,7 +266,5 @@ def quantize_v_fp16(v: Tensor) -> tuple[Tensor, Tensor]:
     A power of two keeps the bits of fp16 input (but for its subnormals) and tames bf16's range.
     Returns fp16 values (B, H, N, D) and int32 exponents e_c (B, H, 1, D).
     """
-    values = v.float()
-    amax = values.abs().amax(dim=-2, keepdim=True).clamp_min(EPS)
-    exponent = torch.frexp(amax).exponent
-    return scale_by_power_of_two(values, -exponent).half(), exponent
+    exponent = torch.frexp(channel_amax(v)).exponent
+    return scale_by_power_of_two(v.float(), -exponent).half(), exponent

@@ -1,7 +1,8 @@
 """An element-wise oracle of SLA2 attention: python loops over numpy float64, for tiny sizes.
 
 Shares no code with the package: it is what `sla2.reference` is checked against. Arrays are
-(B, H, N, D). Forward: one score, one weight at a time, no block states. Backward: the formulas of
+(B, H, N, D). Forward: one score, one weight at a time, no block states but those that int8_fp8
+rounds. Backward: the formulas of
 "SLA2: Sparse-Linear Attention with Learnable Routing and QAT" (arXiv 2602.12675), Alg. 3, with the
 1/sqrt(D) and the `dV +=` that the printed listing lacks.
 """
@@ -133,6 +134,12 @@ def e4m3(x: float) -> float:
     return math.copysign(E4M3[code], x)
 
 
+def bf16(x: Array) -> Array:
+    """float32 values with the eight bits of mantissa that bfloat16 has, ties to even."""
+    bits = x.astype(f32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(f32)
+
+
 def quantize_blocks(x: Array, block: int) -> tuple[Array, Array]:
     """int8 values and one float32 scale per token: x (N, D)."""
     n, d = x.shape
@@ -215,6 +222,29 @@ def linear_row(t: int, q: Array, k: Array, v: Array, weights: Array, opt: Option
     return sum(a[s] * v[s] for s in range(q.shape[0])) / a.sum()
 
 
+def states_fp8(k: Array, v: Array, opt: Options) -> tuple[Array, Array]:
+    """h_j (T_n, D, D) after its rounding to e4m3, and z_j (T_n, D), of one head."""
+    n, d = v.shape
+    phi_k = np.array([bf16(phi(x)) for x in k]).astype(np.float64)
+    h, z = np.zeros((ceil_div(n, opt.block_k), d, d)), np.zeros((ceil_div(n, opt.block_k), d))
+    for t in range(n):
+        h[t // opt.block_k] += np.outer(phi_k[t], v[t])
+        z[t // opt.block_k] += phi_k[t]
+    for c in range(d):
+        amax = max(f32(1e-30), *(abs(f32(x)) for x in v[:, c]))
+        factor, unit = f32(448) / amax / f32(opt.block_k), amax / f32(448) * f32(opt.block_k)
+        h[:, :, c] = [[e4m3(float(f32(x) * factor)) * unit for x in row] for row in h[:, :, c]]
+    return h, z
+
+
+def linear_row_fp8(t: int, q: Array, states: tuple[Array, Array], weights: Array) -> Array:
+    """O_l of token t from rounded states."""
+    if not weights.any():
+        return np.zeros(q.shape[1])
+    h, z = (sum(w * x for w, x in zip(weights, part, strict=True)) for part in states)
+    return phi(q[t]) @ h / (phi(q[t]) @ z)
+
+
 def alpha_of(logit: Array, h: int, t: int, n: int, block_q: int) -> float:
     """alpha of token t: logit (T_m,), (H, T_m) or (H, N)."""
     row = logit if logit.ndim == 1 else logit[h]
@@ -254,14 +284,19 @@ def forward(
                     quantize_blocks(k_h, opt.block_k),
                     quantize_v(v[b, h], opt.quant),
                 )
+            phi_k = k_raw if opt.phi_input == "raw" else k_h
+            if opt.quant == "int8_fp8":
+                states = states_fp8(phi_k, v[b, h], opt)
             for t in range(n):
                 row = res.mask[b, h, t // opt.block_q]
                 if opt.quant == "none":
                     o_s, lse = sparse_row(t, q[b, h], k_h, v[b, h], row, opt)
                 else:
                     o_s, lse = sparse_row_quantized(t, *low, row, opt)
-                phi_k = k_raw if opt.phi_input == "raw" else k_h
-                o_l = linear_row(t, q[b, h], phi_k, v[b, h], 1.0 - row, opt)
+                if opt.quant == "int8_fp8":
+                    o_l = linear_row_fp8(t, q[b, h], states, 1.0 - row)
+                else:
+                    o_l = linear_row(t, q[b, h], phi_k, v[b, h], 1.0 - row, opt)
                 alpha = alpha_of(alpha_logit, h, t, n, opt.block_q)
                 if (row == 1.0).all():
                     alpha = 1.0

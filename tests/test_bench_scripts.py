@@ -18,6 +18,7 @@ from package_tools import REPOSITORY
 
 from sla2.cli import main
 from sla2.cli.bench_work import Shape
+from sla2.cli.device import ROUTED_BY_SM90
 from sla2.cli.errors import CliError
 from sla2.cli.parser import SHAPES, build_parser, parse_shape
 
@@ -94,6 +95,7 @@ SMALL = Shape(batch=1, heads=2, seqlen=300, head_dim=64)
 
 TENSOR = 2 * 300 * 64 * 2
 Q_MEAN, K_SUM, V_AMAX = 2 * 3 * 64 * 4, 2 * 5 * 64 * 4, 2 * 3 * 64 * 4
+K_RANGE = 2 * 5 * 2 * 64 * 2  # largest and smallest, 16 bits each
 STATISTICS = 2 * 64 * 4 + 2 * 2 * 64 * 4  # K's mean; V's scale and its inverse
 LISTS = 2 * 3 * 2 * 2 + 2 * 3 * 4  # uint16 indices; counts
 MASK = 2 * 2 * 128 * 4  # words of 32 key blocks, an even number; rows padded to 128
@@ -103,6 +105,7 @@ RECORDS_FP8 = 2 * 5 * (64 * 64 * (1 + 1) + 4)  # K, V, K's scale
 RECORDS_FP16 = 2 * 5 * (64 * 64 * (1 + 2) + 4)
 STATES = 2 * 5 * (64 * 64 + 2 * 64) * 2
 SUMS = 2 * 3 * (64 * 64 * 2 + 2 * 64 * 4)  # H in bf16; Z in two float32
+SUMS_FP8 = 2 * 3 * (64 * 64 * 2 + 4 * 64 * 4)  # Z in four
 
 # (read, written) with int8_fp8
 COMMON = {
@@ -111,22 +114,32 @@ COMMON = {
     "complement_mask_kernel": (LISTS, MASK),
 }
 ATTENTION = (TENSOR + RECORDS_FP8 + LISTS + SUMS, TENSOR)
+PORTABLE_ATTENTION = {
+    "linear_state_kernel": (2 * TENSOR + STATISTICS, RECORDS_FP8 + STATES),
+    "complement_kernel": (STATES + MASK, SUMS),
+    "attn_fwd_kernel": ATTENTION,
+}
 BYTES = {
     "sm90": {
         **COMMON,
+        "pool_kernel": (3 * TENSOR, Q_MEAN + K_SUM + V_AMAX + K_RANGE),
         "project_kernel": (Q_MEAN + K_SUM, SPLIT),
         "route_kernel": (SPLIT, LISTS + MASK),
-        "linear_kernel": (2 * TENSOR + STATISTICS + MASK, RECORDS_FP8 + SUMS),
-        "attn_fwd_sm90_kernel": ATTENTION,
+        "linear_kernel": (2 * TENSOR + K_RANGE + STATISTICS + MASK, RECORDS_FP8 + SUMS_FP8),
+        "attn_fwd_sm90_kernel": (TENSOR + RECORDS_FP8 + LISTS + SUMS_FP8, TENSOR),
     },
     "portable": {
         **COMMON,
         "project_kernel": (Q_MEAN + K_SUM, Q_MEAN + K_SUM),
         "score_kernel": (Q_MEAN + K_SUM, SCORES),
         "select_kernel": (SCORES, LISTS),
-        "linear_state_kernel": (2 * TENSOR + STATISTICS, RECORDS_FP8 + STATES),
-        "complement_kernel": (STATES + MASK, SUMS),
-        "attn_fwd_kernel": ATTENTION,
+        **PORTABLE_ATTENTION,
+    },
+    ROUTED_BY_SM90: {
+        **COMMON,
+        "project_kernel": (Q_MEAN + K_SUM, SPLIT),
+        "route_kernel": (SPLIT, LISTS),
+        **PORTABLE_ATTENTION,
     },
 }
 
@@ -146,7 +159,7 @@ def test_bytes_follow_the_precision() -> None:
     wide, fp16 = work_of("sm90", "none"), work_of("portable", "int8_fp16")
     assert wide["pool_kernel"][1:3] == (2 * TENSOR, Q_MEAN + K_SUM)
     assert wide["reduce_kernel"][1:3] == (K_SUM, 2 * 64 * 4)
-    assert wide["linear_kernel"].written == SUMS
+    assert wide["linear_kernel"][1:3] == (2 * TENSOR + 2 * 64 * 4 + MASK, SUMS)
     assert wide["attn_fwd_sm90_kernel"].read == 3 * TENSOR + LISTS + SUMS
     assert fp16["linear_state_kernel"].written == RECORDS_FP16 + STATES
     assert fp16["attn_fwd_kernel"].read == TENSOR + RECORDS_FP16 + LISTS + SUMS
@@ -157,10 +170,13 @@ def test_bytes_follow_the_precision() -> None:
 def test_operations_are_those_of_the_method(path: str, quant: str, wide: int) -> None:
     work = work_of(path, quant).values()
     router = 6 * 2 * ((3 + 5) * 64 * 64 + 3 * 5 * 64)
-    linear = 2 * 2 * (300 * 64 * 64 + 3 * 5 * (64 * 64 + 2 * 64) + 300 * 64 * 64)
+    states8 = path == "sm90" and quant == "int8_fp8"  # z in four parts then
+    complement = 2 * 2 * 3 * 5 * (64 * 64 + (4 if states8 else 2) * 64)
+    linear = 2 * 2 * 2 * 300 * 64 * 64 + (0 if states8 else complement)
     product = 2 * 2 * 300 * (2 * 64) * 64  # Q K^T, or P V
     assert sum(kernel.flop16 for kernel in work) == router + linear + wide * product
-    assert sum(kernel.flop8 for kernel in work) == (2 - wide) * product
+    flop8 = (2 - wide) * product + (complement if states8 else 0)
+    assert sum(kernel.flop8 for kernel in work) == flop8
 
 
 def test_floor_is_the_larger_of_bytes_and_operations() -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sla2 import blockwise, reference
 from sla2.blockwise import router
-from sla2.blockwise.forward import round_e4m3_
+from sla2.blockwise.quantize import round_e4m3_
 
 # ---- routing ----------------------------------------------------------------------------------
 
@@ -206,6 +206,7 @@ def test_e4m3_rounding() -> None:
     points = torch.cat([values, (values[1:] + values[:-1]) / 2, torch.logspace(-30, 2.6, 9999)])
     points = torch.cat([points, points.nextafter(points + 1), points.nextafter(-points)])
     points = points.clamp(0.0, 448.0)
+    points = torch.cat([points, -points])
     wanted = points.to(torch.float8_e4m3fn).float()
     assert torch.equal(round_e4m3_(points, torch.empty_like(points)), wanted)
 
@@ -252,6 +253,19 @@ def test_low_bit_with_smoothed_keys(quant: str) -> None:
     )
     emulation = expected(q, k, v, mask, alpha, "both", quant=quant, **opts)
     check_quant(out, emulation, expected(q, k, v, mask, alpha, "both", **opts), quant=quant)
+
+
+def test_the_linear_branch_alone_is_not_quantised() -> None:
+    q, k, v = make_qkv((1, 193, 2, 64), torch.float32)
+    lists = to_lists(make_mask((1, 193, 2, 64)))
+    outs = [
+        blockwise.attn_fwd(
+            q, k, v, *lists, None, scale=0.125, quant=quant, branch="linear", smooth_k=True,
+            phi_input="smoothed",
+        )[0]
+        for quant in ("none", "int8_fp8")
+    ]  # fmt: skip
+    assert torch.equal(*outs)
 
 
 def test_low_bit_blend_and_float64() -> None:

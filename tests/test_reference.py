@@ -84,6 +84,11 @@ def test_branches(quant: str) -> None:
         *qkv, block_map, quant=quant, layout="BHND", return_lse=True, **BLOCKS
     )
     o_l = ref.complement_linear_attention(*qkv, block_map, layout="BHND", **BLOCKS)
+    if quant == "int8_fp8":  # the branch alone has no states in e4m3
+        plain = run_naive(qkv, params, block_map, num_kv_blocks=1)
+        assert_close(o_l, torch.from_numpy(plain.o_l))
+        q, k, v = qkv
+        o_l = ref.linear_branch_fp8(q, ref.smooth_keys(k), v, (~block_map).to(F64), **BLOCKS)
     out = ref.sla2_attention(
         *qkv, **params, block_map=block_map, quant=quant, layout="BHND", **BLOCKS
     )
@@ -147,6 +152,10 @@ def test_rows(quant: str, options: dict) -> None:
         *qkv, block_map, smooth_k=smooth, layout="BHND", **BLOCKS,
         phi_input=options.get("phi_input", "smoothed"),
     )  # fmt: skip
+    if quant == "int8_fp8":
+        q, k, v = qkv
+        k = ref.smooth_keys(k) if smooth and "phi_input" not in options else k
+        o_l = ref.linear_branch_fp8(q, k, v, (~block_map).to(F64), **BLOCKS)
     rows = ref.rows_of_blocks(picked, n, BLOCKS["block_q"])
     assert rows.tolist() == [336, *range(8), *range(136, 144)]
     got = ref.sla2_attention_rows(

@@ -22,6 +22,11 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+int capability_of(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
 // The build's best code for a capability: machine code of the same major version that is not newer
 // ("90a" only on exactly 9.0), else PTX of any older version.
 int best_code(int capability) {
@@ -56,8 +61,7 @@ int current_device() {
 }
 
 DeviceInfo device_info(int device) {
-  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                         attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const int capability = capability_of(device);
   return {device, capability, best_code(capability)};
 }
 
@@ -106,15 +110,14 @@ std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_
   return text;
 }
 
-// Auto does not choose the Hopper kernels yet: their tests have not all run on a device.
 bool uses_sm90(int quant, int path) {
   int device = 0;
-  if (!kHaveSm90 || path != SLA2_PATH_SM90 || quant == SLA2_QUANT_INT8_FP16) return false;
+  if (!kHaveSm90 || path == SLA2_PATH_PORTABLE || quant == SLA2_QUANT_INT8_FP16) return false;
   if (cudaGetDevice(&device) != cudaSuccess) {
     cudaGetLastError();
     return false;
   }
-  return device_info(device).capability == kSm90;
+  return capability_of(device) == kSm90;
 }
 
 }  // namespace sla2

@@ -19,7 +19,8 @@ DeviceInfo device_info(int device);
 std::string not_supported_reasons(const DeviceInfo& device, int dtype, int head_dim, int quant,
                                   int path);
 
-// Whether the Hopper kernels are what `path` means on the present device; false without a device.
+// Whether `path` means the Hopper kernels on the present device: auto does where `quant` has any.
+// False without a device.
 bool uses_sm90(int quant, int path);
 
 }  // namespace sla2

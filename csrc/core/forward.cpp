@@ -4,6 +4,9 @@
 //   portable: pool -> reduce -> project -> score -> select, or compact -> per group of heads
 //     [linear_state -> complement_mask -> complement] -> attn
 //   sm90:     pool -> reduce -> project -> route, or compact -> complement_mask -> linear -> attn
+//
+// Path auto takes sm90 where the device and the request allow it. Its router is sm90's even where
+// the rest is portable.
 #include <algorithm>
 #include <cstdint>
 
@@ -25,9 +28,17 @@ constexpr int64_t kScoreGroupBytes = 64 << 20;
 // with 100, 15.05 with 160, 14.95 with 320, 14.9 with 640.
 constexpr int64_t kMinStateGroupBytes = 64 << 20, kMaxStateGroupBytes = 320 << 20;
 
+// Heads in the Hopper path's ring of states: as many as fit this, so that states stay in L2, but
+// two, for one to be made while the one before is used; more than three gain nothing.
+constexpr int64_t kStateRingBytes = 40 << 20;
+int state_slots(int heads, int64_t head_bytes) {
+  return std::min(heads, static_cast<int>(std::clamp<int64_t>(kStateRingBytes / head_bytes, 2, 3)));
+}
+
 // Hopper's e4m3 products accumulate in about 14 bits. On Gaussian data the sparse output's relative
 // distance from the portable kernel's, which accumulate in float32, is 9e-4 with 3 listed blocks
-// and 4.4e-3 with 313; longer lists than this are refused on that path.
+// and 4.4e-3 with 313; longer lists than this are left to the portable kernels by path auto and
+// refused by path sm90.
 constexpr int kMaxBlocksSm90Fp8 = 128;
 
 // Hands out 256-byte aligned pieces of the workspace; with a null base it only counts.
@@ -61,6 +72,7 @@ struct Buffers {
   bool sm90;
   float* k_sum;
   float* k_mean;
+  void* k_range;  // sm90
   float* v_amax_partial;
   float* v_scale;
   RouteBuffers route;
@@ -69,7 +81,8 @@ struct Buffers {
   void* records;
   float* k_scale;
   uint32_t* mask;
-  uint16_t* state;
+  void* state;
+  int state_slots;  // sm90
   uint16_t* h;
   float* z;
   int heads_per_group;  // portable
@@ -116,6 +129,9 @@ bool has_linear(const sla2_attn_fwd_params& p) { return p.branch != SLA2_BRANCH_
 int sparse_quant(const sla2_attn_fwd_params& p) {
   return has_sparse(p) ? p.quant : SLA2_QUANT_NONE;
 }
+bool lists_fit_sm90(const sla2_attn_fwd_params& p) {
+  return sparse_quant(p) != SLA2_QUANT_INT8_FP8 || p.lists.max_kv_blocks <= kMaxBlocksSm90Fp8;
+}
 
 Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_params& p) {
   Buffers buffers = {};
@@ -124,7 +140,7 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
   const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
   const bool routed = p.router.proj_q != nullptr;
   const int quant = sparse_quant(p);
-  buffers.sm90 = uses_sm90(p.quant, p.path);
+  buffers.sm90 = uses_sm90(p.quant, p.path) && lists_fit_sm90(p);
   if (p.smooth_k || routed) buffers.k_sum = arena.take<float>(k_rows * d);
   buffers.k_mean = arena.take<float>(shape.num_bh * d);
   if (routed) {
@@ -141,6 +157,7 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
     const int64_t record = SLA2_BLOCK_K * d * (quant == SLA2_QUANT_INT8_FP8 ? 2 : 3);
     buffers.records = arena.take<char>(k_rows * record);
     buffers.k_scale = arena.take<float>(k_rows);
+    if (buffers.sm90) buffers.k_range = arena.take<uint16_t>(k_rows * 2 * d);
   }
   buffers.heads_per_group = shape.num_bh;
   if (buffers.sm90) {
@@ -148,23 +165,25 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
     buffers.counters = arena.take<int>(buffers.num_counters);
   }
   if (has_linear(p)) {
-    const int64_t state = d * d + 2 * d;
-    const int64_t head_bytes = shape.num_k_blocks * state * static_cast<int64_t>(sizeof(uint16_t));
-    const int64_t input_bytes = 3 * 2 * static_cast<int64_t>(shape.num_bh) * shape.seqlen * d;
-    const int64_t group_bytes =
-        std::clamp(input_bytes / 4, kMinStateGroupBytes, kMaxStateGroupBytes);
-    if (!buffers.sm90) {
+    if (buffers.sm90) {
+      const int64_t head_bytes =
+          int64_t{1} * shape.num_k_blocks * state_bytes(p.shape.head_dim, quant);
+      buffers.state_slots = state_slots(shape.num_bh, head_bytes);
+      buffers.state = arena.take<char>(buffers.state_slots * head_bytes);
+    } else {
+      const int64_t head_bytes = int64_t{2} * shape.num_k_blocks * (d * d + 2 * d);
+      const int64_t input_bytes = 3 * 2 * static_cast<int64_t>(shape.num_bh) * shape.seqlen * d;
+      const int64_t group_bytes =
+          std::clamp(input_bytes / 4, kMinStateGroupBytes, kMaxStateGroupBytes);
       buffers.heads_per_group =
           static_cast<int>(std::clamp<int64_t>(group_bytes / head_bytes, 1, shape.num_bh));
+      buffers.state = arena.take<char>(buffers.heads_per_group * head_bytes);
     }
-    const int64_t states =
-        buffers.sm90 ? std::min(shape.num_bh, kStateSlots) : buffers.heads_per_group;
-    buffers.state = arena.take<uint16_t>(states * shape.num_k_blocks * state);
     buffers.mask =
         arena.take<uint32_t>(static_cast<int64_t>(buffers.heads_per_group) *
                              mask_words(shape.num_k_blocks) * mask_pitch(shape.num_q_blocks));
     buffers.h = arena.take<uint16_t>(q_rows * d * d);
-    buffers.z = arena.take<float>(q_rows * 2 * d);
+    buffers.z = arena.take<float>(q_rows * (buffers.sm90 ? z_parts(quant) : 2) * d);
   }
   return buffers;
 }
@@ -262,7 +281,7 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
   state.v_scale = buffers.v_scale;
   state.records = buffers.records;
   state.k_scale = buffers.k_scale;
-  state.state = buffers.state;
+  state.state = static_cast<uint16_t*>(buffers.state);
   state.quant = sparse_quant(p);
   state.phi_raw_k = p.phi_raw_k;
   state.stream = p.stream;
@@ -272,15 +291,29 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
   complement.counts = lists.counts;
   complement.max_kv_blocks = lists.max_kv_blocks;
   complement.mask = buffers.mask;
-  complement.state = buffers.state;
+  complement.state = static_cast<uint16_t*>(buffers.state);
   complement.h = buffers.h;
   complement.z = buffers.z;
   complement.stream = p.stream;
   if (buffers.sm90) {
-    const LinearParams linear = {shape,           state.k,          state.v,       state.k_mean,
-                                 state.v_scale,   state.records,    state.k_scale, state.quant,
-                                 state.phi_raw_k, buffers.mask,     buffers.state, buffers.h,
-                                 buffers.z,       buffers.counters, p.stream};
+    LinearParams linear = {};
+    linear.shape = shape;
+    linear.k = state.k;
+    linear.v = state.v;
+    linear.k_mean = state.k_mean;
+    linear.k_range = buffers.k_range;
+    linear.v_scale = state.v_scale;
+    linear.records = state.records;
+    linear.k_scale = state.k_scale;
+    linear.quant = state.quant;
+    linear.phi_raw_k = state.phi_raw_k;
+    linear.mask = buffers.mask;
+    linear.state = buffers.state;
+    linear.state_slots = buffers.state_slots;
+    linear.h = buffers.h;
+    linear.z = buffers.z;
+    linear.counters = buffers.counters;
+    linear.stream = p.stream;
     if (has_linear(p) && !mask_done) {
       complement.bh_count = shape.num_bh;
       check_launch(launch_complement_mask(complement), "complement_mask", problem);
@@ -404,8 +437,7 @@ sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
     const sla2::Shape shape = sla2::validate_shape(p.shape);
     if (sla2::is_empty(shape)) return;
     sla2::require_support(p.shape.dtype, p.shape.head_dim, p.quant, p.path);
-    if (sla2::uses_sm90(p.quant, p.path) && sla2::sparse_quant(p) == SLA2_QUANT_INT8_FP8 &&
-        p.lists.max_kv_blocks > sla2::kMaxBlocksSm90Fp8) {
+    if (p.path == SLA2_PATH_SM90 && !sla2::lists_fit_sm90(p)) {
       throw sla2::Error(
           SLA2_UNSUPPORTED,
           sla2::concat("path sm90 with quant int8_fp8 takes lists of at most ",
@@ -422,6 +454,7 @@ sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
     pool.v = sla2::view(p.v);
     pool.q_mean = buffers.route.q_mean;
     pool.k_sum = buffers.k_sum;
+    pool.k_range = buffers.k_range;
     pool.v_amax_partial = buffers.v_amax_partial;
     pool.stream = p.stream;
     sla2::ReduceParams reduce = {};

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..constants import BLOCK_K, BLOCK_Q, E4M3_MAX, E4M3_P_FACTOR, EPS, INT8_MAX
+from ..constants import BLOCK_K, BLOCK_Q, E4M3_P_FACTOR
 from .layout import (
     BlockLists,
     Scratch,
@@ -22,6 +22,7 @@ from .layout import (
     token_rows,
 )
 from .linear import LinearBranch
+from .quantize import quantize_blocks, quantize_values, round_e4m3_
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -67,53 +68,6 @@ def sparse_forward(
 
 
 # ---- low bit ----------------------------------------------------------------------------------
-
-
-def quantize_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8, one scale per block: integers as float32, shaped like x, and amax / 127 (T,).
-
-    float32 holds every int32 sum of 128 such products exactly: 127 * 127 * 128 < 2^24.
-    """
-    amax = x.abs().amax((1, 2)).clamp_min_(EPS)
-    # torch turns number / tensor into a product with the reciprocal, which rounds twice.
-    factor = torch.full_like(amax, INT8_MAX) / amax
-    x8 = (x * factor[:, None, None]).round_().clamp_(-INT8_MAX, INT8_MAX)
-    return x8, amax / INT8_MAX
-
-
-def round_e4m3_(x: Tensor, work: Tensor) -> Tensor:
-    """Round 0 <= x <= 448 to e4m3, half to even, in place; 8 times faster than CPU casts.
-
-    Adding 1.5 * 2^(23 - 3) ulp-steps of x's binade leaves x's three mantissa bits; below 2^-6 the
-    steps of e4m3 stop shrinking. `work`: float32 scratch like x.
-    """
-    exponent = torch.bitwise_and(x.view(torch.int32), 0x7F800000, out=work.view(torch.int32))
-    shift = exponent.view(torch.float32).clamp_(min=2.0**-6).mul_(1.5 * 2.0**20)
-    return x.add_(shift).sub_(shift)
-
-
-def quantize_values(v: Tensor, heads: int, quant: str) -> tuple[Tensor, float, Tensor]:
-    """V8 or V16 as float32, shaped like v (G * T_n + 1, BLOCK_K, D), and its two scales.
-
-    O_s = (P_low V_low) / (divisor l) * factor, factor (G, 1, D). "int8_fp8": 256 and a_c / 448;
-    "int8_fp16": 2^e_c, as 1/2 and 2^(e_c - 1) because e_c may be 128.
-    """
-    blocks = (v.shape[0] - 1) // heads
-    amax = token_rows(v, heads, blocks).abs().amax(1).clamp_min_(EPS)[:, None]
-    out = torch.zeros_like(v)
-    rows = token_rows(v, heads, blocks)
-    if quant == "int8_fp8":
-        scaled = rows * (torch.full_like(amax, E4M3_MAX) / amax)
-        low = scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-        divisor, factor = E4M3_P_FACTOR, amax / E4M3_MAX
-    else:
-        exponent = torch.frexp(amax).exponent
-        # In two steps: 2^128, which values near float32's end ask for, is no float32.
-        half = exponent // 2
-        low = torch.ldexp(torch.ldexp(rows, -half), half - exponent).to(torch.float16)
-        divisor, factor = 0.5, torch.ldexp(torch.ones_like(amax), exponent - 1)
-    token_rows(out, heads, blocks).copy_(low)
-    return out, divisor, factor
 
 
 def sparse_forward_low_bit(
@@ -183,6 +137,7 @@ def attn_fwd(
         raise ValueError("branch is 'both' and alpha_logit is None; a tensor is needed to blend")
     batch, tokens, heads, _ = q.shape
     dtype = compute_dtype(q)
+    fp8 = quant == "int8_fp8" and branch == "both"  # the linear branch alone is not quantised
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.full((batch, heads, tokens), -math.inf, dtype=dtype, device=q.device)
     out_sparse = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
@@ -192,14 +147,15 @@ def attn_fwd(
         values = load_blocks(v[b, :, hs], BLOCK_K, dtype, spare=1)
         lists = BlockLists(lut[b, hs], counts[b, hs], tokens, dtype)
         group, blocks_k = lists.unlisted.shape[0], lists.unlisted.shape[2]
+        linear_inputs = keys, values, lists.unlisted, tokens
 
         o_linear: Tensor | None = None
         if branch != "sparse" and phi_input == "raw":
-            o_linear = LinearBranch(keys, values, lists.unlisted, tokens).forward(queries)
+            o_linear = LinearBranch(*linear_inputs, fp8=fp8).forward(queries)
         if smooth_k:
             smooth_(token_rows(keys, group, blocks_k), tokens)
         if branch != "sparse" and phi_input != "raw":
-            o_linear = LinearBranch(keys, values, lists.unlisted, tokens).forward(queries)
+            o_linear = LinearBranch(*linear_inputs, fp8=fp8).forward(queries)
         if branch == "linear":
             assert o_linear is not None
             store_blocks(o_linear, out[b, :, hs])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..constants import BLOCK_Q, EPS
 from .layout import chunk_elements, token_rows
+from .quantize import channel_amax, round_states_
 
 
 def feature_map(blocks: Tensor) -> Tensor:
@@ -28,15 +29,24 @@ def feature_map_backward_(phi: Tensor, grad: Tensor) -> Tensor:
 class LinearBranch:
     """phi(K), h and z of a group of G heads, and the passes over its query blocks."""
 
-    def __init__(self, keys: Tensor, values: Tensor, weights: Tensor, tokens: int) -> None:
-        """keys, values: (>= G * T_n, BLOCK_K, D) padded; weights: (G, T_m, T_n)."""
+    def __init__(
+        self, keys: Tensor, values: Tensor, weights: Tensor, tokens: int, *, fp8: bool = False
+    ) -> None:
+        """keys, values: (>= G * T_n, BLOCK_K, D) padded; weights: (G, T_m, T_n).
+
+        fp8: phi(K) in bfloat16 and h in e4m3, as quant "int8_fp8" has them; forward only.
+        """
         heads, _, blocks_k = weights.shape
         self.weights = weights
         self.values = values[: heads * blocks_k]
         self.phi_k = feature_map(keys[: heads * blocks_k])
+        if fp8:
+            self.phi_k = self.phi_k.bfloat16().to(keys.dtype)
         token_rows(self.phi_k, heads, blocks_k)[:, tokens:] = 0.0
         dim = keys.shape[-1]
         self.h = torch.bmm(self.phi_k.mT, self.values).view(heads, blocks_k, dim * dim)
+        if fp8:
+            round_states_(self.h, channel_amax(self.values, heads))
         self.z = self.phi_k.sum(1).view(heads, blocks_k, dim)
 
     def _chunks(self) -> Iterator[slice]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -49,11 +50,14 @@ def run(options: argparse.Namespace) -> int:
     """0, or 1 when --refcheck found a difference."""
     device = pick_device(options.device)
     dtype = getattr(torch, options.dtype)
-    for head_dim, quant in ((s.head_dim, q) for s in _shapes(options) for q in options.quant):
-        properties: dict[str, Any] = {"head_dim": head_dim, "quant": quant}
+    for shape, quant in itertools.product(_shapes(options), options.quant):
+        properties: dict[str, Any] = {"head_dim": shape.head_dim, "quant": quant}
         reason = env.why_not(device, dtype=options.dtype, **properties)
         if reason is None:
-            reason = why_not_path(device, options.path, options.dtype, **properties)
+            longest = shape.kept_blocks(max(options.topk))
+            reason = why_not_path(
+                device, options.path, options.dtype, **properties, num_kv_blocks=longest
+            )
         if reason is not None:
             raise CliError(f"quant {quant} on {device}: {reason}")
     folder = None if options.output is None else output_folder(options.output)
@@ -286,7 +290,13 @@ class Bench:
         )
         clocks = clocks_mhz(self.device)
         per_ms = 1e-9 / timing.median  # FLOP per call -> TFLOP/s
-        path = path_in_use(self.device, self.options.path)
+        path = path_in_use(
+            self.device,
+            self.options.path,
+            quant,
+            shape.kept_blocks(kept),
+            routed=op.startswith("sla2_attention"),
+        )
         row = {
             **self.source,
             "op": op,

@@ -15,6 +15,9 @@ import torch
 from sla2 import env, ops
 from sla2.cli.errors import CliError
 
+# What `auto` runs where sm90 has a router for a call and no attention kernel.
+ROUTED_BY_SM90 = "sm90 + portable"
+
 
 def pick_device(name: str | None) -> torch.device:
     """`name`, or without one the GPU where the kernels run on it, else the CPU."""
@@ -52,22 +55,43 @@ def use_path(device: torch.device, path: str) -> AbstractContextManager[None]:
     return ops.kernel_path(path)
 
 
-def path_in_use(device: torch.device, path: str) -> str:
-    """Whose kernels a call runs under `use_path`: "cpu", "portable" or "sm90"."""
+def path_in_use(
+    device: torch.device, path: str, quant: str, num_kv_blocks: int, *, routed: bool
+) -> str:
+    """Whose kernels a call runs under `use_path`: "cpu", "portable", "sm90" or ROUTED_BY_SM90.
+
+    num_kv_blocks: K; routed: the call makes its block lists itself, besides the attention.
+    """
     if device.type == "cpu":
         return "cpu"
-    chosen = ops.current_path() if path == "auto" else path
-    return "portable" if chosen == "auto" else chosen
+    chosen = _chosen(path)
+    if chosen != "auto":
+        return chosen
+
+    def served(precision: str) -> bool:  # whatever the dtype and head_dim
+        index = _index(device)
+        return env.why_not_sm90(index, "bfloat16", 64, precision, num_kv_blocks) is None
+
+    if served(quant):
+        return "sm90"
+    return ROUTED_BY_SM90 if routed and served("none") else "portable"
 
 
 def why_not_path(
-    device: torch.device, path: str, dtype: str, head_dim: int, quant: str
+    device: torch.device, path: str, dtype: str, head_dim: int, quant: str, num_kv_blocks: int
 ) -> str | None:
     """Why the kernels of `path` cannot serve such a call on a device that sla2 runs on, or None."""
-    if path_in_use(device, path) != "sm90":
+    if device.type == "cpu" or _chosen(path) != "sm90":
         return None
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return env.why_not_sm90(index, dtype, head_dim, quant)
+    return env.why_not_sm90(_index(device), dtype, head_dim, quant, num_kv_blocks)
+
+
+def _chosen(path: str) -> str:
+    return ops.current_path() if path == "auto" else path
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def clear_tf32() -> None:

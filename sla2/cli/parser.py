@@ -106,7 +106,7 @@ def _add_selftest(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--path",
         choices=PATHS,
         default="auto",
-        help="kernels to test on a GPU (default: those the device would use)",
+        help="kernels to test on a GPU (default: those the device uses)",
     )
     parser.add_argument(
         "--filter", metavar="TEXT", default="", help="only the cases whose name contains TEXT"

@@ -41,6 +41,7 @@ class Outcome(NamedTuple):
     """The figures of a case, or why it was skipped."""
 
     case: Case
+    path: str
     checks: list[Check]
     seconds: float
     skipped: str | None = None
@@ -53,6 +54,7 @@ class Outcome(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         return {
             "name": self.case.name,
+            "path": self.path,
             "passed": self.passed,
             "skipped": self.skipped,
             "error": self.error,
@@ -79,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     summary: dict[str, Any] = {
         **provenance(device, None),
         "device": str(device),
-        "path": path_in_use(device, options.path),
+        "path": ", ".join(sorted({outcome.path for outcome in ran})),
         "amount": options.amount,
         "cases": len(ran),
         "skipped": len(outcomes) - len(ran),
@@ -100,6 +102,7 @@ def run(options: argparse.Namespace) -> int:
 def run_case(case: Case, device: torch.device) -> Outcome:
     """Runs every check of the case; an exception is an outcome too, so that the table goes on."""
     started = time.perf_counter()
+    path = path_in_use(device, "auto", case.quant, case.kept, routed=True)
     skipped = _why_skip(case, device)
     checks: list[Check] = []
     error = None
@@ -112,7 +115,7 @@ def run_case(case: Case, device: torch.device) -> Outcome:
                 checks = _check_forward_case(case, inputs)
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}"
-    return Outcome(case, checks, time.perf_counter() - started, skipped, error)
+    return Outcome(case, path, checks, time.perf_counter() - started, skipped, error)
 
 
 def _why_skip(case: Case, device: torch.device) -> str | None:
@@ -121,7 +124,8 @@ def _why_skip(case: Case, device: torch.device) -> str | None:
         "quant": case.quant,
         "head_dim": case.head_dim,
     }
-    return env.why_not(device, **properties) or why_not_path(device, "auto", **properties)
+    reason = env.why_not(device, **properties)
+    return reason or why_not_path(device, "auto", **properties, num_kv_blocks=case.kept)
 
 
 def _check_forward_case(case: Case, inputs: Inputs) -> list[Check]:

@@ -1,8 +1,8 @@
 """What the GPU tests share: the oracle and its comparison, inputs, guarded buffers, raw calls.
 
 SLA2_TEST_DEVICE=cpu runs the tests of numbers on the CPU path instead, which tests the tests; those
-that need a GPU as such are marked `gpu` whatever it says. SLA2_PATH=portable or sm90 chooses the
-kernels, but for tests that choose them.
+that need a GPU as such are marked `gpu` whatever it says. The kernels are those the device uses, or
+with SLA2_PATH=portable these, but for tests that choose them.
 """
 
 from __future__ import annotations

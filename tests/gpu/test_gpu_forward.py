@@ -23,7 +23,7 @@ from cases import (
     make_inputs,
     sweep,
 )
-from compare import check_quant
+from compare import EMULATION_REL_L2, check_quant, rel_l2
 from gpu_tools import (
     DEVICE,
     GPU,
@@ -230,6 +230,27 @@ def test_low_bit_with_loud_channel(dtype: torch.dtype, head_dim: int, quant: str
     check_parts(Problem(*inputs.qkv, dense, inputs.alpha_logit), got._replace(o_l=None), quant)
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_states_in_e4m3(dtype: torch.dtype, head_dim: int) -> None:
+    """With alpha near 0 the output is O_l, and with peaked features no averaging over features
+    hides that its states have three bits of mantissa."""
+    case = Case(1, 1560, 3, head_dim, "2", dtype, quant="int8_fp8")
+    inputs = inputs_of(case)
+    inputs.q, inputs.k = 4 * inputs.q, 4 * inputs.k
+    inputs.alpha_logit.fill_(-20.0)
+    out, aux = sla2.sla2_attention(*inputs.qkv, return_aux=True, **inputs.kwargs)
+    assert isinstance(aux.block_map, sla2.BlockMap)
+    problem = Problem(*inputs.qkv, aux.block_map.to_dense(), inputs.alpha_logit)
+    emulation, plain = (
+        problem.expected(torch.float32, quant).out for quant in (case.quant, "none")
+    )
+    assert emulation is not None and plain is not None
+    assert rel_l2(out, emulation) <= EMULATION_REL_L2
+    assert 1e-2 < rel_l2(out, plain) < 4e-2
+
+
 # ---- T2r: the router apart ----------------------------------------------------------------------
 
 
@@ -288,8 +309,10 @@ def test_selection(seqlen: int, share: float) -> None:
     assert same_bits(again["lut"], made["lut"]) and same_bits(again["counts"], made["counts"])
 
 
+@pytest.mark.usefixtures("path")
 def test_selection_in_groups_of_heads() -> None:
-    """More scores than one group holds: the first and the last head are right."""
+    """More scores than one group of the portable router holds: the first and the last head are
+    right."""
     need_memory_on_gpu(24)
     n, heads, d, count = 111600, 12, 64, 3
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -305,9 +328,11 @@ def test_selection_in_groups_of_heads() -> None:
         check_selection(dense[:, one], scores, count)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("quant", ["none", "int8_fp8"])
 def test_states_in_groups_of_heads(quant: str) -> None:
-    """More linear states than one group holds: one head of 1744 blocks takes 58 MB of 64."""
+    """More linear states than one portable group holds: one head of 1744 blocks takes 58 MB of
+    64."""
     need_memory_on_gpu(24)
     n, heads, d, count = 111600, 3, 128, 3
     generator = torch.Generator(DEVICE).manual_seed(0)

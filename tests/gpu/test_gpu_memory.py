@@ -55,6 +55,7 @@ def with_qkv(inputs: Inputs, *qkv: Tensor) -> Inputs:
 # ---- T4: stale bytes and guard bands ------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("branch", ["both", "sparse", "linear"])
 @pytest.mark.parametrize(("dtype", "head_dim", "quant"), INSTANCES, ids=str)
 def test_what_memory_held_does_not_matter(
@@ -112,7 +113,8 @@ def test_padding_of_a_strided_output_is_not_written(head_dim: int, quant: str) -
     inside = (slice(None), slice(0, n), slice(1, h + 1), slice(0, d))
     target = whole.view(torch.bfloat16)[inside]
     ext = ops._extension()
-    shape, options = (b, n, h, d, 0), (ops._QUANTS[quant], 0, 0, False, True, d**-0.5)
+    path = ops._PATHS[ops.current_path()]
+    shape, options = (b, n, h, d, 0), (ops._QUANTS[quant], 0, path, False, True, d**-0.5)
     size = ext.attn_fwd_workspace(shape=shape, options=options, routed=False, max_kv_blocks=2)
     workspace = torch.empty(size, dtype=torch.uint8, device=DEVICE)
     ext.attn_fwd(

@@ -1,9 +1,12 @@
 """The Hopper kernels beside the portable ones: the same lists, and numbers that differ by the order
-of float32 sums. What both must come near to is `test_gpu_forward.py`'s matter."""
+of float32 sums (what both must come near to is `test_gpu_forward.py`'s matter); then which of the
+two a call takes."""
 
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +26,14 @@ from torch import Tensor
 
 import sla2
 from sla2 import ops
+from sla2.cli.bench_timing import kernel_times
 
 pytestmark = pytest.mark.gpu
 
 QUANTS = ("none", "int8_fp8")  # that both paths have
 INSTANCES = list(itertools.product(KERNEL_DTYPES, HEAD_DIMS, QUANTS))
 PATHS = ("portable", "sm90")
+OWN_KERNEL = re.compile(r"\bsla2::.*?(\w+_kernel)\b")
 # Between two results that are both rounded to bfloat16; float16's rounding is an eighth of it, but
 # H is bfloat16 there too.
 PATHS_REL_L2 = 5e-3
@@ -196,14 +201,103 @@ def test_saving_changes_nothing(quant: str) -> None:
 # ---- the choice ---------------------------------------------------------------------------------
 
 
-def test_lists_do_not_depend_on_the_precision() -> None:
-    """int8_fp16 has portable attention kernels alone, and the same router as all."""
-    inputs = make_inputs(Case(2, 1560, 3, 64, "2", torch.bfloat16), DEVICE)
-    alone = raw_route(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, 2, scores=False)
-    for quant in ("none", "int8_fp16", "int8_fp8"):
-        if sla2.why_not("cuda", quant=quant) is None:
-            made = raw_attn_fwd(inputs, 2, quant=quant)
-            assert same_bits(made["lut"], alone["lut"]), quant
+@pytest.fixture
+def _auto() -> Iterator[None]:
+    """The device's own choice, whatever SLA2_PATH says."""
+    with ops.kernel_path("auto"):
+        yield
+
+
+auto = pytest.mark.usefixtures("_auto")
+
+# With 130 key blocks: precision, listed blocks, branch, and what auto takes on an H200.
+CHOICES = [
+    ("none", 129, "both", "sm90"),
+    ("none", 129, "sparse", "sm90"),
+    ("int8_fp8", 128, "both", "sm90"),
+    ("int8_fp8", 128, "sparse", "sm90"),
+    ("int8_fp8", 129, "both", "portable"),
+    ("int8_fp8", 129, "sparse", "portable"),
+    ("int8_fp8", 129, "linear", "sm90"),  # nothing is quantised
+    ("int8_fp16", 2, "both", "portable"),
+]
+
+
+@auto
+@needs_sm90
+@pytest.mark.parametrize(("quant", "count", "branch", "chosen"), CHOICES)
+def test_auto_takes_one_path(quant: str, count: int, branch: str, chosen: str) -> None:
+    """For workspace and run alike: the bytes and the bits of that path. Of the two, sm90 alone has
+    counters in its workspace."""
+    inputs = make_inputs(Case(1, 64 * 130, 2, 64, "1", torch.bfloat16), DEVICE)
+    made = raw_route(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, count)
+    options: dict[str, Any] = {
+        "quant": quant, "branch": branch, "lists": (made["lut"], made["counts"]),
+    }  # fmt: skip
+    got = raw_attn_fwd(inputs, count, **options)
+    with ops.kernel_path(chosen):
+        expected = raw_attn_fwd(inputs, count, **options)
+    for name, x in expected.items():
+        assert same_bits(got[name], x), name
+    sizes = {
+        path: ops._extension().attn_fwd_workspace(
+            shape=(1, 64 * 130, 2, 64, 0), routed=False, max_kv_blocks=count,
+            options=(ops._QUANTS[quant], ops._BRANCHES[branch], code, False, True, 0.125),
+        )
+        for path, code in ops._PATHS.items()
+    }  # fmt: skip
+    assert sizes["auto"] == sizes[chosen]
+    assert (sizes["auto"] == sizes["portable"]) == (chosen == "portable")
+
+
+@auto
+@needs_sm90
+@pytest.mark.parametrize(
+    ("quant", "count", "attention"),
+    [
+        ("none", 129, "attn_fwd_sm90_kernel"),
+        ("int8_fp8", 128, "attn_fwd_sm90_kernel"),
+        ("int8_fp8", 129, "attn_fwd_kernel"),
+        ("int8_fp16", 2, "attn_fwd_kernel"),
+    ],
+)
+def test_kernels_of_auto(quant: str, count: int, attention: str) -> None:
+    """By name. The router is Hopper's in every precision."""
+    case = Case(1, 64 * 130, 2, 64, "1", torch.bfloat16, quant=quant)
+    inputs = make_inputs(case, DEVICE)
+    inputs.options["num_kv_blocks"] = count
+    times = kernel_times(
+        lambda: sla2.sla2_attention(*inputs.qkv, **inputs.kwargs), inputs.q.device, 1
+    )
+    if not times:
+        pytest.skip("the profiler records no kernels on this machine")
+    ran = {match[1] for name, _ in times if (match := OWN_KERNEL.search(name))}
+    assert {name for name in ran if name.startswith("attn_fwd")} == {attention}
+    assert "route_kernel" in ran and not ran & {"score_kernel", "select_kernel"}
+    assert ("linear_kernel" in ran) == (attention == "attn_fwd_sm90_kernel")
+
+
+@auto
+@pytest.mark.parametrize(
+    ("quant", "count"),
+    [("none", 2), ("int8_fp8", 2), ("int8_fp8", 129), ("int8_fp16", 2)],
+)
+def test_lists_do_not_depend_on_the_precision(quant: str, count: int) -> None:
+    """Where a call has portable attention kernels alone, it has the same router as all, and the
+    result is the portable one for its lists."""
+    if (reason := sla2.why_not("cuda", quant=quant)) is not None:
+        pytest.skip(reason)
+    inputs = make_inputs(Case(1, 64 * 130, 2, 64, "1", torch.bfloat16), DEVICE)
+    alone = raw_route(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, count, scores=False)
+    made = raw_attn_fwd(inputs, count, quant=quant)
+    assert same_bits(made["lut"], alone["lut"]) and same_bits(made["counts"], alone["counts"])
+    if why_not_sm90(quant) is not None or (quant == "int8_fp8" and count > 128):
+        with ops.kernel_path("portable"):
+            expected = raw_attn_fwd(
+                inputs, count, quant=quant, lists=(alone["lut"], alone["counts"])
+            )
+        for name, x in expected.items():
+            assert same_bits(made[name], x), name
 
 
 def test_reasons() -> None:

@@ -25,7 +25,8 @@ struct PoolParams {
   Shape shape;
   TensorView q, k, v;
   float* q_mean;          // [BH, T_m, D], null: Q is not read
-  float* k_sum;           // [BH, T_n, D] block sums, null: K is not read
+  float* k_sum;           // [BH, T_n, D] block sums or null; K is not read where k_range is too
+  void* k_range;          // [BH, T_n, 2, D] elements, largest and smallest K of each block, or null
   float* v_amax_partial;  // [BH, T_m, D] maxima over 128 tokens, null: V is not read
   cudaStream_t stream;
 };
@@ -145,7 +146,7 @@ struct AttnParams {
   const float* v_scale;  // [BH, 2, D]
   const float* k_mean;   // [BH, D], corrects lse where S is of raw K ("none")
   const uint16_t* h;     // bf16 [BH, T_m, D, D]
-  const float* z;        // [BH, T_m, 2, D]
+  const float* z;        // [BH, T_m, 2, D]; Hopper path: z_parts instead of 2
   const float* alpha_logit;
   int64_t alpha_stride_head;
   int alpha_per_token;
@@ -154,25 +155,38 @@ struct AttnParams {
   cudaStream_t stream;
 };
 
+// Hopper path: parts that z and Z are kept in. bf16 holds 16 bits in two; e4m3, in which the states
+// of int8_fp8 are, in four, each sixteen times finer than the one before.
+SLA2_HOST_DEVICE constexpr int z_parts(int quant) {
+  constexpr int kParts[] = {2, 2, 4};  // by quant
+  return kParts[quant];
+}
+// A state is h [D][D] and the parts of z [D], bf16 or e4m3.
+SLA2_HOST_DEVICE constexpr int state_bytes(int head_dim, int quant) {
+  return (head_dim + z_parts(quant)) * head_dim * (quant == SLA2_QUANT_INT8_FP8 ? 1 : 2);
+}
+
 // Hopper path, one launch: the state, record and complement work of all heads. `state` is a ring of
-// kStateSlots heads; its layout belongs to the kernel.
+// state_slots heads; its layout belongs to the kernel.
 struct LinearParams {
   Shape shape;
   TensorView k, v;
   const float* k_mean;   // [BH, D]
+  const void* k_range;   // [BH, T_n, 2, D] elements, largest and smallest K of each block, null
+                         // when quant is none
   const float* v_scale;  // [BH, 2, D], null when quant is none
   void* records;         // [BH, T_n] KvRecord, null when quant is none
   float* k_scale;        // [BH, T_n]
   int quant;             // none or int8_fp8
   int phi_raw_k;
   const uint32_t* mask;  // 1 - M as bits, [BH, mask_words(T_n), mask_pitch(T_m)]
-  uint16_t* state;       // bf16 [min(BH, kStateSlots), T_n, state_elements], null: records only
+  void* state;           // [state_slots, T_n, state_bytes], null: records only
+  int state_slots;       // heads
   uint16_t* h;           // bf16 [BH, T_m, D / 64, D, 64]: see h_row
-  float* z;              // [BH, T_m, 2, D] high and low part
+  float* z;              // [BH, T_m, z_parts, D]: Z is their sum
   int* counters;         // linear_counters(), zero
   cudaStream_t stream;
 };
-constexpr int kStateSlots = 3;
 
 // Hopper path: rows of the router in two fp16 parts each, row = scale (high + low), 22 bits in all.
 // router_split.cuh defines their order; rows past the end hold anything.

@@ -53,10 +53,34 @@ __device__ __forceinline__ void mma_mixed(float (&acc)[4], const uint32_t (&a)[4
   }
 }
 
+// What e4m3 keeps of a state's two features (acc[0..1], acc[2..3]) by two channels. The unit,
+// 64 amax / 448, is the channel's for all blocks, so that Hopper's kernels can sum e4m3 values;
+// |h| <= 64 amax, as phi <= 1, so that nothing saturates.
+__device__ __forceinline__ void round_state(float (&acc)[4], float2 v_scale, float2 v_inverse) {
+  constexpr float kTokens = kBlockK, kPerToken = 1.f / kBlockK;
+  const float2 inverse = {v_inverse.x * kPerToken, v_inverse.y * kPerToken};
+  const float2 unit = {v_scale.x * kTokens, v_scale.y * kTokens};
+  uint32_t pairs[2];
+  e4m3x4_to_halves(
+      pack_e4m3x4(acc[0] * inverse.x, acc[1] * inverse.y, acc[2] * inverse.x, acc[3] * inverse.y),
+      pairs[0], pairs[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float2 code = Pair<__half>::to_float2(pairs[i]);
+    acc[2 * i] = code.x * unit.x;
+    acc[2 * i + 1] = code.y * unit.y;
+  }
+}
+
+// CTAs that must fit an SM, 0: as ptxas likes. Without the bound it fetches the scales of
+// round_state early and takes up to 148 registers at D = 128, too many for two.
+template <int kHeadDim, int kQuant>
+constexpr int kMinCtas = kQuant == SLA2_QUANT_INT8_FP8 ? 256 / kHeadDim : 0;
+
 // One CTA: one key block of one head. Thread t holds the eight columns 8 (t % (D/8)) of kPasses
 // tokens.
 template <typename Element, int kHeadDim, int kQuant>
-__global__ void __launch_bounds__(kStateThreads)
+__global__ void __launch_bounds__(kStateThreads, kMinCtas<kHeadDim, kQuant>)
     linear_state_kernel(const __grid_constant__ StateParams p) {
   constexpr int kLanesPerRow = kHeadDim / 8;
   constexpr int kRowsPerPass = kStateThreads / kLanesPerRow;
@@ -226,6 +250,18 @@ __global__ void __launch_bounds__(kStateThreads)
         mma_mixed<Element>(acc[m][n], a[m], b[0], b[1]);
         mma_mixed<Element>(acc[m][n + 1], a[m], b[2], b[3]);
       }
+    }
+  }
+
+  if constexpr (kQuant == SLA2_QUANT_INT8_FP8) {
+    const float* v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim;
+#pragma unroll
+    for (int n = 0; n < kWarpN / 8; ++n) {
+      const int channel = channel0 + 8 * n + lane % 4 * 2;
+      const float2 scale = *reinterpret_cast<const float2*>(v_scale + channel);
+      const float2 inverse = *reinterpret_cast<const float2*>(v_scale + kHeadDim + channel);
+#pragma unroll
+      for (int m = 0; m < kWarpM / 16; ++m) round_state(acc[m][n], scale, inverse);
     }
   }
 

@@ -37,6 +37,19 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
       : "memory");
 }
 
+// Whether the phase of that parity is complete, without waiting.
+__device__ __forceinline__ bool mbarrier_test(uint32_t barrier, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Shared memory written by ordinary stores becomes visible to wgmma and the copy engine: every
 // writing thread, before the barrier that publishes the data.
 __device__ __forceinline__ void fence_async_shared() {
@@ -53,6 +66,24 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int byt
           "r"(dst),
       "l"(src), "r"(bytes), "r"(barrier)
       : "memory");
+}
+
+// `bytes` (a multiple of 16) of shared memory to contiguous global memory. bulk_store_commit makes
+// one group of this thread's stores so far; they have read their source after bulk_store_wait_read,
+// and are done after bulk_store_wait.
+__device__ __forceinline__ void bulk_store(void* dst, uint32_t src, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void bulk_store_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // Four bytes, outside of any cp.async group: cp_async_arrive makes one arrival of this thread's
@@ -80,6 +111,15 @@ __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, "
       "{%2, %3, %4, %5}], [%6];" ::"r"(dst),
       "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
+      : "memory");
+}
+// The same way back, as part of a bulk_store group; what lies outside the tensor is not written.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t src, int x0, int x1,
+                                             int x2, int x3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
+          "l"(map),
+      "r"(src), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
       : "memory");
 }
 // A barrier among `threads` threads of the CTA; id 0 is __syncthreads'.

@@ -46,12 +46,21 @@ __device__ __forceinline__ int listed_block(const AttnParams& p, const char* sme
   return p.lut[static_cast<int64_t>(blockIdx.x) * p.max_kv_blocks + entry];
 }
 
-// Z of the query block to its place in shared memory.
+// Z of the query block to its place in shared memory, its parts added up to two.
 template <class C>
 __device__ __forceinline__ void load_z(const AttnParams& p, char* smem) {
-  if (threadIdx.x < 2 * C::kHeadDim / 4) {
-    reinterpret_cast<float4*>(smem + C::kZ)[threadIdx.x] = reinterpret_cast<const float4*>(
-        p.z + static_cast<int64_t>(blockIdx.x) * 2 * C::kHeadDim)[threadIdx.x];
+  constexpr int kParts = z_parts(C::kInt8 ? SLA2_QUANT_INT8_FP8 : SLA2_QUANT_NONE);
+  constexpr int kReads = 2 * C::kHeadDim / 4;
+  if (threadIdx.x < kReads) {
+    const float4* parts = reinterpret_cast<const float4*>(
+        p.z + static_cast<int64_t>(blockIdx.x) * kParts * C::kHeadDim);
+    float4 sum = parts[threadIdx.x];
+#pragma unroll
+    for (int i = 1; i < kParts / 2; ++i) {
+      const float4 more = parts[i * kReads + threadIdx.x];
+      sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
+    }
+    reinterpret_cast<float4*>(smem + C::kZ)[threadIdx.x] = sum;
   }
 }
 

@@ -4,10 +4,8 @@
 #include <algorithm>
 
 #include "../common/dispatch.h"
-#include "linear.cuh"
-#include "linear_complement.cuh"
-#include "linear_state.cuh"
-#include "tensor_map.h"
+#include "linear_bf16.cuh"
+#include "linear_e4m3.cuh"
 
 namespace sla2 {
 namespace {
@@ -21,74 +19,52 @@ __device__ __forceinline__ void shrink_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void initialise(LinearSmem<Element, kHeadDim>& smem) {
-  using Smem = LinearSmem<Element, kHeadDim>;
-  constexpr uint32_t kOnePair = 0x3f803f80u;
-  for (uint32_t i = threadIdx.x; i < sizeof(smem.ones) / 4; i += kLinearThreads) {
-    smem.ones[i] = kOnePair;
-  }
-  fence_async_shared();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < Smem::kTileStages; ++i) {
-      mbarrier_init(smem_address(&smem.tile_full[i]), 1);
-      mbarrier_init(smem_address(&smem.tile_empty[i]), kComplementGroups * kWarpgroup / 32);
-    }
-    for (int i = 0; i < Smem::kStateStages; ++i) {
-      mbarrier_init(smem_address(&smem.state_full[i]), 1);
-      mbarrier_init(smem_address(&smem.state_stored[i]), kWarpgroup / 32);
-      mbarrier_init(smem_address(&smem.state_empty[i]), 1);
-    }
-    fence_barrier_init();
-  }
-  __syncthreads();
-}
-
-template <typename Element, int kHeadDim, int kQuant>
+template <class Variant>
 __global__ void __launch_bounds__(kLinearThreads, 1)
     linear_kernel(const __grid_constant__ LinearArgs args) {
+  static_assert(kComplementGroups * Variant::kComplementRegisters +
+                        kStateGroups * Variant::kStateRegisters + Variant::kCopyRegisters <=
+                    kRegisterPool,
+                "the roles' registers");
   extern __shared__ __align__(1024) char smem_bytes[];
-  auto& smem = *reinterpret_cast<LinearSmem<Element, kHeadDim>*>(smem_bytes);
-  initialise(smem);
+  auto& smem = *reinterpret_cast<typename Variant::Smem*>(smem_bytes);
+  smem.init();
+  fence_async_shared();
+  fence_barrier_init();
+  __syncthreads();
   const int group = uniform(static_cast<int>(threadIdx.x / kWarpgroup));
   if (group < kComplementGroups) {
-    grow_registers<kComplementRegisters>();
-    ComplementWorker<Element, kHeadDim>(args, smem, group).run();
+    grow_registers<Variant::kComplementRegisters>();
+    Variant::complement(args, smem, group);
   } else if (group < kComplementGroups + kStateGroups) {
-    shrink_registers<kStateRegisters>();
-    StateWorker<Element, kHeadDim, kQuant>(args, smem, group - kComplementGroups).run();
-  } else {
-    shrink_registers<kCopyRegisters>();
-    switch (threadIdx.x / 32 % 4) {
-      case 0:
-        return load_tiles(args, smem);
-      case 1:
-        return load_states(args, smem);
-      default:
-        return publish_states(args, smem, threadIdx.x / 32 % kPublishers);
+    if constexpr (Variant::kStateRegisters > kRegisterPool / 5) {
+      grow_registers<Variant::kStateRegisters>();
+    } else {
+      shrink_registers<Variant::kStateRegisters>();
     }
+    Variant::states(args, smem, group - kComplementGroups);
+  } else {
+    shrink_registers<Variant::kCopyRegisters>();
+    Variant::copies(args, smem, threadIdx.x / 32 % 4);
   }
 }
 
-template <typename Element, int kHeadDim, int kQuant>
+template <class Variant>
 cudaError_t launch(const LinearParams& p) {
-  using Smem = LinearSmem<Element, kHeadDim>;
+  using Smem = typename Variant::Smem;
   static_assert(sizeof(Smem) <= 232448, "227 KiB a CTA");
   LinearArgs args = {};
   args.p = p;
-  args.row_blocks = (p.shape.num_q_blocks + kRowBlock - 1) / kRowBlock;
-  args.row_tiles = (args.row_blocks + kTileBlocks - 1) / kTileBlocks;
   args.mask_pitch = mask_pitch(p.shape.num_q_blocks);
   args.mask_head = int64_t{1} * mask_words(p.shape.num_k_blocks) * args.mask_pitch;
-  cudaError_t status = encode_tokens(args.k, p.k, p.shape, kHeadDim, kBlockK);
-  if (status == cudaSuccess) status = encode_tokens(args.v, p.v, p.shape, kHeadDim, kBlockK);
-  if (status == cudaSuccess && p.state != nullptr) {
-    const uint64_t blocks = p.shape.num_k_blocks, slots = std::min(p.shape.num_bh, kStateSlots);
-    constexpr uint64_t kColumns = state_elements(kHeadDim);
-    status = encode_tensor_map<3>(args.state, p.state, {kColumns, blocks, slots},
-                                  {kColumns * 2, blocks * kColumns * 2}, {kPanel, kBlockK, 1});
+  cudaError_t status = Variant::encode(args);
+  if (status == cudaSuccess) {
+    status = encode_tokens(args.k, p.k, p.shape, Variant::kHeadDim, kBlockK);
   }
-  const auto kernel = linear_kernel<Element, kHeadDim, kQuant>;
+  if (status == cudaSuccess) {
+    status = encode_tokens(args.v, p.v, p.shape, Variant::kHeadDim, kBlockK);
+  }
+  const auto kernel = linear_kernel<Variant>;
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(sizeof(Smem)));
@@ -99,10 +75,8 @@ cudaError_t launch(const LinearParams& p) {
     status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
   }
   if (status != cudaSuccess) return status;
-  const int64_t state_tasks = int64_t{1} * p.shape.num_bh * p.shape.num_k_blocks;
-  const int64_t tiles =
-      int64_t{1} * p.shape.num_bh * args.row_tiles * (state_elements(kHeadDim) / kTileColumns);
-  const int64_t tasks = p.state == nullptr ? state_tasks : std::max(state_tasks, tiles);
+  const int64_t tasks = int64_t{1} * p.shape.num_bh *
+                        std::max(p.shape.num_k_blocks, p.state == nullptr ? 0 : args.head_tiles);
   const int grid = static_cast<int>(std::min<int64_t>(sms, tasks));
   kernel<<<grid, kLinearThreads, sizeof(Smem), p.stream>>>(args);
   return cudaGetLastError();
@@ -117,9 +91,9 @@ cudaError_t launch_linear_sm90(const LinearParams& p, int dtype, int head_dim) {
     using I = decltype(instance);
     switch (p.quant) {
       case SLA2_QUANT_NONE:
-        return launch<typename I::Element, I::kHeadDim, SLA2_QUANT_NONE>(p);
+        return launch<LinearBf16<typename I::Element, I::kHeadDim>>(p);
       case SLA2_QUANT_INT8_FP8:
-        return launch<typename I::Element, I::kHeadDim, SLA2_QUANT_INT8_FP8>(p);
+        return launch<LinearE4m3<typename I::Element, I::kHeadDim>>(p);
       default:
         return cudaErrorInvalidValue;
     }

@@ -8,106 +8,115 @@
 
 namespace sla2 {
 
-// One warp: takes tickets, waits for the slot, loads K_j, V_j and the head's statistics. Its first
-// lane does the work; the rest keep the warp's values uniform.
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void load_states(const LinearArgs& args,
-                                            LinearSmem<Element, kHeadDim>& smem) {
-  using Smem = LinearSmem<Element, kHeadDim>;
-  const Shape& shape = args.p.shape;
-  const int tickets = shape.num_bh * shape.num_k_blocks;
-  const int row_bytes = kHeadDim * static_cast<int>(sizeof(float));
-  const bool quantised = args.p.v_scale != nullptr;
-  const int bytes = 2 * Smem::kPanels * kPanelBytes + (quantised ? 2 : 1) * row_bytes;
-  const bool leader = threadIdx.x % 32 == 0;
-  RingCursor<Smem::kStateStages> ring;
-  int free_bh = -1;  // its slot is known to be free
-  for (int ended = 0; ended < kStateGroups;) {
-    int ticket = 0;
-    if (leader) {
-      mbarrier_wait(smem_address(&smem.state_empty[ring.stage]), ring.parity ^ 1);
-      ticket = take_state_ticket(args);
-    }
-    ticket = uniform(ticket);
-    const uint32_t full = smem_address(&smem.state_full[ring.stage]);
-    if (ticket >= tickets) {  // one end for each warpgroup
-      if (leader) {
-        smem.state_task[ring.stage].bh = -1;
-        mbarrier_arrive(full);
-      }
-      ++ended;
-    } else {
-      const int bh = ticket / shape.num_k_blocks, block = ticket % shape.num_k_blocks;
-      if (bh != free_bh && bh >= kStateSlots && args.p.state != nullptr) {
-        wait_counter(tiles_done(args, bh - kStateSlots),
-                     state_elements(kHeadDim) / kTileColumns * args.row_tiles);
-      }
-      free_bh = bh;
-      const int head = bh % shape.num_heads, batch = bh / shape.num_heads;
-      const int64_t row = static_cast<int64_t>(bh) * kHeadDim;
-      auto& stage = smem.state[ring.stage];
-      if (leader) {
-        smem.state_task[ring.stage] = {bh, block};
-        mbarrier_expect(full, bytes);
-#pragma unroll
-        for (int panel = 0; panel < Smem::kPanels; ++panel) {
-          tensor_load(smem_address(stage.key[panel]), &args.k, panel * kPanel, block * kBlockK,
-                      head, batch, full);
-          tensor_load(smem_address(stage.value[panel]), &args.v, panel * kPanel, block * kBlockK,
-                      head, batch, full);
-        }
-        bulk_load(smem_address(smem.k_mean[ring.stage]), args.p.k_mean + row, row_bytes, full);
-        if (quantised) {
-          bulk_load(smem_address(smem.v_inverse[ring.stage]), args.p.v_scale + 2 * row + kHeadDim,
-                    row_bytes, full);
-        }
-      }
-    }
-    __syncwarp();
-    ring.advance();
-  }
-}
+// One thread: takes tickets, loads K_j, V_j and the head's statistics once the slot is free, and
+// publishes what the workers have made of them, in turns: a task that cannot be loaded yet must not
+// hold up those that others wait for.
+template <class Variant>
+struct StateServer {
+  using Smem = typename Variant::Smem;
+  using Element = typename Variant::Element;
+  static constexpr int kHeadDim = Variant::kHeadDim;
 
-// Two threads, each for every other task: publish finished states, so that the warps that stored
-// them need not wait for the stores to land. They wait only for tasks that are loaded already.
-constexpr int kPublishers = 2;
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void publish_states(const LinearArgs& args,
-                                               LinearSmem<Element, kHeadDim>& smem, int publisher) {
-  using Smem = LinearSmem<Element, kHeadDim>;
-  static_assert(kPublishers <= kStateGroups, "each sees one of the ends");
-  if (threadIdx.x % 32 != 0) return;
-  RingCursor<Smem::kStateStages> ring;
-  ring.advance(publisher);
-  for (;;) {
-    mbarrier_wait(smem_address(&smem.state_full[ring.stage]), ring.parity);
-    const StateTask task = smem.state_task[ring.stage];
-    if (task.bh < 0) return;
-    mbarrier_wait(smem_address(&smem.state_stored[ring.stage]), ring.parity);
-    mbarrier_arrive(smem_address(&smem.state_empty[ring.stage]));
+  const LinearArgs& args;
+  Smem& smem;
+  RingCursor<Smem::kStateStages> loading, publishing;
+  int taken = 0;     // stages with tasks
+  int free_bh = -1;  // its slot is known to be free
+
+  __device__ __forceinline__ StateServer(const LinearArgs& args, Smem& smem)
+      : args(args), smem(smem) {}
+
+  __device__ __forceinline__ bool slot_free(int bh) {
+    if (bh != free_bh && bh >= args.p.state_slots && args.p.state != nullptr) {
+      const int* reads = tiles_done(args, bh - args.p.state_slots);
+      if (read_counter(reads) < args.head_reads) return false;
+      wait_counter(reads, args.head_reads);  // for its fence
+    }
+    free_bh = bh;
+    return true;
+  }
+
+  __device__ __forceinline__ void load(int bh, int block) {
+    constexpr int kRowBytes = kHeadDim * 4, kRangeBytes = 2 * kHeadDim * 2;
+    constexpr bool kQuantised = Variant::kQuant != SLA2_QUANT_NONE;
+    constexpr int kBytes =
+        2 * Smem::kPanels * kPanelBytes + kRowBytes + (kQuantised ? kRowBytes + kRangeBytes : 0);
+    const Shape& shape = args.p.shape;
+    const int head = bh % shape.num_heads, batch = bh / shape.num_heads, i = loading.stage;
+    const int64_t row = int64_t{1} * bh * kHeadDim;
+    const uint32_t full = smem_address(&smem.state_full[i]);
+    auto& stage = smem.state[i];
+    smem.state_task[i] = {bh, block};
+    mbarrier_expect(full, kBytes);
+#pragma unroll
+    for (int panel = 0; panel < Smem::kPanels; ++panel) {
+      tensor_load(smem_address(stage.key[panel]), &args.k, panel * kPanel, block * kBlockK, head,
+                  batch, full);
+      tensor_load(smem_address(stage.value[panel]), &args.v, panel * kPanel, block * kBlockK, head,
+                  batch, full);
+    }
+    bulk_load(smem_address(smem.k_mean[i]), args.p.k_mean + row, kRowBytes, full);
+    if constexpr (kQuantised) {
+      bulk_load(smem_address(smem.v_inverse[i]), args.p.v_scale + 2 * row + kHeadDim, kRowBytes,
+                full);
+      const int64_t index = int64_t{1} * bh * shape.num_k_blocks + block;
+      bulk_load(smem_address(smem.k_range[i]),
+                static_cast<const Element*>(args.p.k_range) + index * 2 * kHeadDim, kRangeBytes,
+                full);
+    }
+  }
+
+  __device__ __forceinline__ void publish() {
+    const StateTask task = smem.state_task[publishing.stage];
     if (args.p.state != nullptr) {
-      fence_async();  // ordinary stores here, tensor copies there
+      Variant::store_state(args, smem, publishing.stage, task);
+      fence_async();  // stores here, tensor copies there
       release_increment(states_ready(args, task.bh));
     }
-    ring.advance(kPublishers);
+    publishing.advance();
+    --taken;
   }
-}
 
-// One warpgroup of the state stream.
-template <typename Element, int kHeadDim, int kQuant>
+  __device__ __forceinline__ void run() {
+    const int blocks = args.p.shape.num_k_blocks, tickets = args.p.shape.num_bh * blocks;
+    int ticket = take_state_ticket(args);
+    while (ticket < tickets || taken > 0) {
+      if (taken > 0 &&
+          mbarrier_test(smem_address(&smem.state_made[publishing.stage]), publishing.parity)) {
+        publish();
+      }
+      if (ticket < tickets && taken < Smem::kStateStages && slot_free(ticket / blocks)) {
+        load(ticket / blocks, ticket % blocks);
+        loading.advance();
+        ++taken;
+        ticket = take_state_ticket(args);
+      }
+    }
+    for (int i = 0; i < kStateGroups; ++i) {  // all stages are free: one end for each warpgroup
+      smem.state_task[loading.stage].bh = -1;
+      mbarrier_arrive(smem_address(&smem.state_full[loading.stage]));
+      loading.advance();
+    }
+  }
+};
+
+// One warpgroup of the state stream; the variants add what becomes of the states.
+template <class Variant>
 struct StateWorker {
-  using Smem = LinearSmem<Element, kHeadDim>;
+  using Element = typename Variant::Element;
+  using Smem = typename Variant::Smem;
+  static constexpr int kHeadDim = Variant::kHeadDim, kQuant = Variant::kQuant;
   using Stage = typename Smem::StateStage;
   using Record = KvRecord<kHeadDim, 1>;
   static constexpr int kPanels = Smem::kPanels;
-  // Eight lanes a row, each with one 16-byte chunk of every panel. A pass is 16 rows: swizzled
-  // offsets differ from pass to pass by 16 rows' bytes.
-  static constexpr int kRowsPerPass = kWarpgroup / 8, kPasses = kBlockK / kRowsPerPass;
+  // Four lanes a row, each with two neighbouring 16-byte chunks of every panel. A pass is 32 rows.
+  static constexpr int kRowsPerPass = kWarpgroup / 4, kPasses = kBlockK / kRowsPerPass;
+  static constexpr int kColumns = 16;  // of a lane and panel
 
   const LinearArgs& args;
   Smem& smem;
   const int group, warp, lane;
-  const int row, chunk;
+  const int row, column0;  // this lane's of the first pass and panel
   RingCursor<Smem::kStateStages> ring;
   StateTask task;
 
@@ -117,8 +126,10 @@ struct StateWorker {
         group(group),
         warp(threadIdx.x / 32 % 4),
         lane(threadIdx.x % 32),
-        row(threadIdx.x % kWarpgroup / 8),
-        chunk(threadIdx.x % 8) {}
+        row(threadIdx.x % kWarpgroup / 4),
+        column0(threadIdx.x % 4 * kColumns) {
+    ring.advance(group);
+  }
 
   __device__ __forceinline__ void sync() const { named_barrier(1 + group, kWarpgroup); }
 
@@ -126,35 +137,22 @@ struct StateWorker {
     return static_cast<int64_t>(task.bh) * args.p.shape.num_k_blocks + task.block;
   }
 
-  // This lane's chunk of a panel in pass i.
-  __device__ __forceinline__ uint4* chunk_of(char* panel, int i) const {
-    return reinterpret_cast<uint4*>(panel + swizzle<128>(row, chunk) + i * kRowsPerPass * 128);
+  // Chunk c (0, 1) of this lane's columns of a panel in pass i.
+  __device__ __forceinline__ uint4* chunk_of(char* panel, int i, int c) const {
+    return reinterpret_cast<uint4*>(panel + swizzle<128>(row, column0 / 8 + c) +
+                                    i * kRowsPerPass * 128);
   }
 
-  // Keys less their mean; zero past the end.
-  __device__ __forceinline__ void smooth(const uint4& bits, int panel, bool valid,
-                                         float (&x)[8]) const {
-    const float4* mean =
-        reinterpret_cast<const float4*>(smem.k_mean[ring.stage] + panel * kPanel + chunk * 8);
-    const float4 low = mean[0], high = mean[1];
-    const float m[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    unpack8<Element>(bits, x);
-#pragma unroll
-    for (int c = 0; c < 8; ++c) x[c] = valid ? x[c] - m[c] : 0.f;
-  }
-
-  // 127 / amax of the smoothed keys; writes the block's scale.
-  __device__ __forceinline__ float key_factor(Stage& stage, int tokens) const {
+  // 127 / amax of the smoothed keys; writes the block's scale. The subtraction is monotonous: its
+  // extremes are those of the keys.
+  __device__ __forceinline__ float key_factor() const {
     float amax = 0.f;
-#pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const bool valid = i * kRowsPerPass + row < tokens;
-#pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
-        float x[8];
-        smooth(*chunk_of(stage.key[panel], i), panel, valid, x);
-        amax = max_nan(amax, amax8(x));
-      }
+    const int channel = 32 * warp + lane;
+    if (channel < kHeadDim) {
+      const float mean = smem.k_mean[ring.stage][channel];
+      const float high = static_cast<float>(smem.k_range[ring.stage][0][channel]);
+      const float low = static_cast<float>(smem.k_range[ring.stage][1][channel]);
+      amax = max_nan(fabsf(high - mean), fabsf(low - mean));
     }
     amax = lane_max<32>(amax);
     if (lane == 0) smem.k_amax[ring.stage][warp] = amax;
@@ -166,58 +164,77 @@ struct StateWorker {
     return kInt8Max / amax;
   }
 
-  // Softmax over the features of this lane's row, rounded to bf16, in place; zero past the end.
-  __device__ __forceinline__ void write_phi(Stage& stage, int i, bool valid,
-                                            float (&x)[kPanels][8]) const {
+  // Softmax over the features of this lane's row, rounded to bf16; zero past the end.
+  __device__ __forceinline__ static void softmax(float (&x)[kPanels][kColumns], bool valid) {
     float row_max = x[0][0];
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) row_max = max_nan(row_max, x[panel][c]);
+      for (int c = 0; c < kColumns; ++c) row_max = max_nan(row_max, x[panel][c]);
     }
-    const float offset = -kLog2e * lane_max<8>(row_max);
-    float sum = 0.f;
+    const float offset = -kLog2e * lane_max<4>(row_max);
+    float sum[4] = {};
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) {
+      for (int c = 0; c < kColumns; ++c) {
         x[panel][c] = exp2_approx(fmaf(x[panel][c], kLog2e, offset));
-        sum += x[panel][c];
+        sum[c % 4] += x[panel][c];
       }
     }
-    sum = lane_sum<8>(sum);
-    const float inverse = valid ? reciprocal_approx(sum) : 0.f;
+    const float total = lane_sum<4>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    const float inverse = valid ? reciprocal_approx(total) : 0.f;
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
-      for (int c = 0; c < 8; ++c) x[panel][c] *= inverse;
-      *chunk_of(stage.key[panel], i) = pack8<__nv_bfloat16>(x[panel]);
+      for (int c = 0; c < kColumns; ++c) x[panel][c] *= inverse;
     }
   }
 
-  // Keys: int8 record, then phi.
+  // Keys: less their mean, zero past the end, to the int8 record, and in place to phi.
   __device__ __forceinline__ void keys(Stage& stage) const {
     const int tokens = min(kBlockK, args.p.shape.seqlen - task.block * kBlockK);
     float factor = 0.f;
-    if constexpr (kQuant != SLA2_QUANT_NONE) factor = key_factor(stage, tokens);
+    if constexpr (kQuant != SLA2_QUANT_NONE) factor = key_factor();
     char* record = static_cast<char*>(args.p.records) + block_index() * Record::kBytes;
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kPasses; ++i) {
       const bool valid = i * kRowsPerPass + row < tokens;
-      float x[kPanels][8];
+      float x[kPanels][kColumns];
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        const uint4 bits = *chunk_of(stage.key[panel], i);
-        smooth(bits, panel, valid, x[panel]);
-        if constexpr (kQuant != SLA2_QUANT_NONE) {
-          const int column = panel * kPanel + chunk * 8;
-          const int offset = swizzle<kHeadDim>(row, column / 16) + column % 16;
-          __stcs(reinterpret_cast<uint2*>(record + offset + i * kRowsPerPass * kHeadDim),
-                 pack_int8x8(x[panel], factor));
+        const uint4 bits[2] = {*chunk_of(stage.key[panel], i, 0),
+                               *chunk_of(stage.key[panel], i, 1)};
+        const float* mean = smem.k_mean[ring.stage] + panel * kPanel + column0;
+        uint2 words[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float y[8];
+          unpack8<Element>(bits[c], y);
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            const float smooth = valid ? y[j] - mean[8 * c + j] : 0.f;
+            x[panel][8 * c + j] = args.p.phi_raw_k ? y[j] : smooth;
+            y[j] = smooth;
+          }
+          if constexpr (kQuant != SLA2_QUANT_NONE) words[c] = pack_int8x8(y, factor);
         }
-        if (args.p.phi_raw_k) unpack8<Element>(bits, x[panel]);
+        if constexpr (kQuant != SLA2_QUANT_NONE) {
+          const int offset = swizzle<kHeadDim>(row, (panel * kPanel + column0) / 16);
+          __stcs(reinterpret_cast<uint4*>(record + offset + i * kRowsPerPass * kHeadDim),
+                 make_uint4(words[0].x, words[0].y, words[1].x, words[1].y));
+        }
       }
-      if (args.p.state != nullptr) write_phi(stage, i, valid, x);
+      if (args.p.state == nullptr) continue;
+      softmax(x, valid);
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          *chunk_of(stage.key[panel], i, c) =
+              pack8<__nv_bfloat16>(reinterpret_cast<const float (&)[8]>(x[panel][8 * c]));
+        }
+      }
     }
   }
 
@@ -252,15 +269,16 @@ struct StateWorker {
   // fp16 users three bits of the linear branch. The high part stays in place.
   __device__ __forceinline__ void split_values(char* high, char* low) const {
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
+    for (int i = 0; i < 2 * kPasses; ++i) {
+      uint4* chunk = chunk_of(high, i / 2, i % 2);
       float x[8], rounded[8];
-      unpack8<Element>(*chunk_of(high, i), x);
+      unpack8<Element>(*chunk, x);
       const uint4 bits = pack8<__nv_bfloat16>(x);
       unpack8<__nv_bfloat16>(bits, rounded);
 #pragma unroll
       for (int c = 0; c < 8; ++c) x[c] -= rounded[c];
-      *chunk_of(high, i) = bits;
-      *chunk_of(low, i) = pack8<__nv_bfloat16>(x);
+      *chunk = bits;
+      *chunk_of(low, i / 2, i % 2) = pack8<__nv_bfloat16>(x);
     }
   }
 
@@ -277,94 +295,24 @@ struct StateWorker {
     }
   }
 
-  __device__ __forceinline__ void store_h(const float (&acc)[32], uint16_t* h, int feature0) const {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int feature = feature0 + 16 * warp + lane / 4 + 8 * half;
-#pragma unroll
-      for (int i = 0; i < kPanel / 32; ++i) {
-        uint32_t words[4];
-#pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          const float* pair = acc + 4 * (4 * i + n) + 2 * half;
-          words[n] = Pair<__nv_bfloat16>::from_floats(pair[0], pair[1]);
-        }
-        // __stwb: an assignment came out as four 4-byte stores once, and L2 bound the kernel.
-        __stwb(reinterpret_cast<uint4*>(h + h_row(feature) * kPanel + i * 32 + lane % 4 * 8),
-               make_uint4(words[0], words[1], words[2], words[3]));
-      }
-    }
+  // The next task of this warpgroup, false at the end; its records and phi are made.
+  __device__ __forceinline__ bool next_phi() {
+    mbarrier_wait(smem_address(&smem.state_full[ring.stage]), ring.parity);
+    const StateTask& next = smem.state_task[ring.stage];
+    task = {uniform(next.bh), uniform(next.block)};
+    if (task.bh < 0) return false;
+    Stage& stage = smem.state[ring.stage];
+    keys(stage);
+    if constexpr (kQuant != SLA2_QUANT_NONE) values(stage);
+    fence_async_shared();
+    sync();
+    return true;
   }
-
-  // Every column of the product with ones is z: the first lane of a quad stores it.
-  __device__ __forceinline__ void store_z(const float (&acc)[4], uint16_t* z, int feature0) const {
-    if (lane % 4 != 0) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int feature = feature0 + 16 * warp + lane / 4 + 8 * half;
-      const float sum = acc[2 * half];
-      const __nv_bfloat16 high = __float2bfloat16_rn(sum);
-      const __nv_bfloat16 low = __float2bfloat16_rn(sum - __bfloat162float(high));
-      z[feature] = __bfloat16_as_ushort(high);
-      z[kHeadDim + feature] = __bfloat16_as_ushort(low);
-    }
-  }
-
-  __device__ __forceinline__ uint16_t* state() const {
-    const int64_t slot = task.bh % kStateSlots;
-    return args.p.state +
-           (slot * args.p.shape.num_k_blocks + task.block) * state_elements(kHeadDim);
-  }
-
-  // h = phi^T V and z = phi^T 1, 64 features by 64 channels at a time.
-  __device__ __forceinline__ void states(Stage& stage) const {
-#pragma unroll 1
-    for (int panel = 0; panel < kPanels; ++panel) {
-      if constexpr (Smem::kSplitValues) {
-        if (panel > 0) sync();  // every warp's products with the low part before are over
-        split_values(stage.value[panel], smem.value_low.panel[group]);
-        fence_async_shared();
-        sync();
-      }
-#pragma unroll 1
-      for (int m = 0; m < kPanels; ++m) {
-        const uint32_t phi = uniform(smem_address(stage.key[m]));
-        float acc[32], z[4];
-        wgmma_fence();
-        product(acc, phi, uniform(smem_address(stage.value[panel])), 2048, false);
-        if constexpr (Smem::kSplitValues) {
-          product(acc, phi, uniform(smem_address(smem.value_low.panel[group])), 2048, true);
-        }
-        product(z, phi, smem_address(smem.ones), 0, false);
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(acc);
-        pin(z);
-        store_h(acc, state() + panel * kPanel * kHeadDim, m * kPanel);
-        if (panel == 0) store_z(z, state() + kHeadDim * kHeadDim, m * kPanel);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void run() {
-    ring.advance(group);
-    for (;;) {
-      mbarrier_wait(smem_address(&smem.state_full[ring.stage]), ring.parity);
-      const StateTask& next = smem.state_task[ring.stage];
-      task = {uniform(next.bh), uniform(next.block)};
-      if (task.bh < 0) return;
-      Stage& stage = smem.state[ring.stage];
-      keys(stage);
-      if (kQuant != SLA2_QUANT_NONE) values(stage);
-      if (args.p.state != nullptr) {
-        fence_async_shared();
-        sync();
-        states(stage);
-      }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(smem_address(&smem.state_stored[ring.stage]));
-      ring.advance(kStateGroups);
-    }
+  // States are stored or staged.
+  __device__ __forceinline__ void made() {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(smem_address(&smem.state_made[ring.stage]));
+    ring.advance(kStateGroups);
   }
 };
 

@@ -25,18 +25,22 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   return encoder;
 }
 
-// 16-bit elements; sizes, strides (bytes, of dimensions 1, 2, ...) and box innermost first; rows of
-// the box are 64 elements with the 128-byte swizzle. What lies outside reads as zero.
+// Elements of two bytes or of one; sizes, strides (bytes, of dimensions 1, 2, ...) and box
+// innermost first; rows of the box are 128 bytes with the 128-byte swizzle. What lies outside reads
+// as zero.
 template <int kRank>
 cudaError_t encode_tensor_map(CUtensorMap& map, const void* data, const uint64_t (&sizes)[kRank],
-                              const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank]) {
+                              const uint64_t (&strides)[kRank - 1], const uint32_t (&box)[kRank],
+                              int element_bytes = 2) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return cudaErrorNotSupported;
   uint32_t element_strides[kRank];
   for (uint32_t& stride : element_strides) stride = 1;
+  const CUtensorMapDataType type =
+      element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const CUresult status =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides,
-             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(&map, type, kRank, const_cast<void*>(data), sizes, strides, box, element_strides,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return status == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

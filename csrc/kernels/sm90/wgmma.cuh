@@ -58,9 +58,13 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
   return descriptor + static_cast<uint64_t>(bytes >> 4);
 }
 
-// Text and operands of an instruction with 4, 32 or 64 accumulators. The operands after them are A
+// Text and operands of an instruction with 4 to 64 accumulators. The operands after them are A
 // (a descriptor, or four registers), the descriptor of B, and whether D is added to.
 #define SLA2_TEXT_4 "{%0, %1, %2, %3}"
+#define SLA2_TEXT_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define SLA2_TEXT_28                                                                  \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, " \
+  "%18, %19, %20, %21, %22, %23, %24, %25, %26, %27}"
 #define SLA2_TEXT_32                                                                            \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, "                                                                                       \
@@ -77,6 +81,9 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
 #define SLA2_OUT_16(kind, d, i)                                                   \
   SLA2_OUT_4(kind, d, i), SLA2_OUT_4(kind, d, i + 4), SLA2_OUT_4(kind, d, i + 8), \
       SLA2_OUT_4(kind, d, i + 12)
+#define SLA2_OUT_28(kind, d, i)                                                      \
+  SLA2_OUT_16(kind, d, i), SLA2_OUT_4(kind, d, i + 16), SLA2_OUT_4(kind, d, i + 20), \
+      SLA2_OUT_4(kind, d, i + 24)
 #define SLA2_OUT_32(kind, d, i) SLA2_OUT_16(kind, d, i), SLA2_OUT_16(kind, d, i + 16)
 #define SLA2_OUT_64(kind, d, i) SLA2_OUT_32(kind, d, i), SLA2_OUT_32(kind, d, i + 32)
 
@@ -108,11 +115,21 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
 // D (int32) = A B (+ D): int8, both K-major in shared memory, K = 32.
 SLA2_WGMMA_SHARED_A(wgmma_s8, int, SLA2_KIND_INT, 32, "m64n64k32.s32.s8.s8", 32, 33, 34, "")
 
-// e4m3, A in registers, B K-major in shared memory, K = 32.
+// A in registers, B K-major in shared memory: e4m3 with K = 32, bf16 with K = 16.
+SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 16, "m64n32k32.f32.e4m3.e4m3", 16, 17, 18,
+                      19, 20, 21, ", 1, 1")
+SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 28, "m64n56k32.f32.e4m3.e4m3", 28, 29, 30,
+                      31, 32, 33, ", 1, 1")
 SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 32, "m64n64k32.f32.e4m3.e4m3", 32, 33, 34,
                       35, 36, 37, ", 1, 1")
 SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 64, "m64n128k32.f32.e4m3.e4m3", 64, 65,
                       66, 67, 68, 69, ", 1, 1")
+SLA2_WGMMA_REGISTER_A(wgmma_bf16, float, SLA2_KIND_FLOAT, 16, "m64n32k16.f32.bf16.bf16", 16, 17, 18,
+                      19, 20, 21, ", 1, 1, 0")
+SLA2_WGMMA_REGISTER_A(wgmma_bf16, float, SLA2_KIND_FLOAT, 28, "m64n56k16.f32.bf16.bf16", 28, 29, 30,
+                      31, 32, 33, ", 1, 1, 0")
+SLA2_WGMMA_REGISTER_A(wgmma_bf16, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32.bf16.bf16", 32, 33, 34,
+                      35, 36, 37, ", 1, 1, 0")
 
 // 16-bit, K = 16; kTransA, kTransB: that operand is MN-major.
 template <typename Element, bool kTransA, bool kTransB>
@@ -145,10 +162,13 @@ struct Wgmma16<__nv_bfloat16, true, true> {
 };
 
 #undef SLA2_TEXT_4
+#undef SLA2_TEXT_16
+#undef SLA2_TEXT_28
 #undef SLA2_TEXT_32
 #undef SLA2_TEXT_64
 #undef SLA2_OUT_4
 #undef SLA2_OUT_16
+#undef SLA2_OUT_28
 #undef SLA2_OUT_32
 #undef SLA2_OUT_64
 #undef SLA2_WGMMA_SHARED_A

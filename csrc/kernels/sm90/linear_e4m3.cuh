@@ -1,0 +1,431 @@
+// The linear branch with states in e4m3 (int8_fp8). The complement is [h | z]^T (1 - M)^T: 8-bit
+// products want both operands along the key blocks, along which the states do not lie; as the A
+// operand they pass through registers, where they can be turned, and B is made from the mask.
+#pragma once
+
+#include "linear_e4m3_state.cuh"
+#include "tensor_map.h"
+
+namespace sla2 {
+
+// A complement tile: the two segments of a line by up to 128 query blocks, which are the N of its
+// products: what T_m leaves, in the smallest number of equal tiles.
+constexpr int kTileQueries = 128;
+constexpr int kStepBlocks = 64;  // key blocks of a step
+constexpr int kMaskWarps = 2;    // a step each
+struct E4m3Tile {
+  int bh, line, row0;  // row0: first query block
+};
+// Row tiles vary fastest: the CTAs that share columns of the states run together.
+template <int kHeadDim>
+__device__ __forceinline__ E4m3Tile e4m3_tile(const LinearArgs& args, int ticket) {
+  constexpr int kLines = E4m3State<kHeadDim>::kSegments / 2;
+  const int row_tile = ticket % args.row_tiles, line = ticket / args.row_tiles;
+  return {line / kLines, line % kLines, row_tile * args.tile_rows};
+}
+// Steps of a tile, in pairs; what lies beyond T_n is zero.
+__device__ __forceinline__ int e4m3_steps(const LinearArgs& args) {
+  return (args.p.shape.num_k_blocks + 2 * kStepBlocks - 1) / (2 * kStepBlocks) * 2;
+}
+
+// One warp: takes tickets, waits for the head's states, loads one step of them and of the mask's
+// words a stage. Its first lane does the work; the rest keep the warp's values uniform.
+template <class Variant>
+__device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
+                                                typename Variant::Smem& smem) {
+  using Smem = typename Variant::Smem;
+  const Shape& shape = args.p.shape;
+  const int tickets = args.p.state == nullptr ? 0 : shape.num_bh * args.head_tiles;
+  const int words = mask_words(shape.num_k_blocks), mask_bytes = args.tile_rows * 4;
+  const int steps = e4m3_steps(args);
+  const bool leader = threadIdx.x % 32 == 0;
+  RingCursor<Smem::kTileStages> ring;
+  int ready_bh = -1;
+  for (;;) {
+    const int ticket = uniform(leader ? take_tile_ticket(args) : 0);
+    if (ticket >= tickets) break;
+    const E4m3Tile tile = e4m3_tile<Variant::kHeadDim>(args, ticket);
+    if (tile.bh != ready_bh) {
+      wait_counter(states_ready(args, tile.bh), shape.num_k_blocks);
+      fence_async();  // copies there and here
+      ready_bh = tile.bh;
+    }
+    const uint32_t* mask = args.p.mask + tile.bh * args.mask_head + tile.row0;
+    const int slot = tile.bh % args.p.state_slots;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      if (leader) {
+        const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
+        mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+        if (step < kMaskWarps) smem.tile_ticket[ring.stage] = ticket;
+        mbarrier_expect(full, Smem::kTileBytes + 2 * mask_bytes);
+        tensor_load(smem_address(smem.tile[ring.stage]), &args.state, tile.line * 128,
+                    step * kStepBlocks, slot, full);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int word = min(2 * step, words - 2) + i;
+          bulk_load(smem_address(smem.words[ring.stage][i]), mask + word * args.mask_pitch,
+                    mask_bytes, full);
+        }
+      }
+      __syncwarp();
+      ring.advance();
+    }
+  }
+  if (leader) {
+#pragma unroll 1
+    for (int i = 0; i < kMaskWarps; ++i) {
+      mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+      smem.tile_ticket[ring.stage] = -1;
+      mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
+      ring.advance();
+    }
+  }
+}
+
+// One warp, for every kMaskWarps-th step: the mask's words as B operands, 64 bytes a query block. A
+// set bit becomes 2.0, a single bit in e4m3; the results are halved. Byte 4 i + b of 32 is bit
+// i + 8 b of the word.
+template <class Variant>
+__device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Variant::Smem& smem,
+                                             int first) {
+  using Smem = typename Variant::Smem;
+  const int lane = threadIdx.x % 32, steps = e4m3_steps(args);
+  RingCursor<Smem::kTileStages> ring;
+  RingCursor<Smem::kMaskBuffers> mask;
+  ring.advance(first);
+  mask.advance(first);
+  for (;;) {
+    mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
+    const int ticket = smem.tile_ticket[ring.stage];
+    if (ticket < 0) return;
+#pragma unroll 1
+    for (int step = first; step < steps; step += kMaskWarps) {
+      mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
+      uint32_t bits[kTileQueries / 32][2];
+#pragma unroll
+      for (int r = 0; r < kTileQueries / 32; ++r) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) bits[r][i] = smem.words[ring.stage][i][32 * r + lane];
+      }
+      mbarrier_wait(smem_address(&smem.mask_empty[mask.stage]), mask.parity ^ 1);
+#pragma unroll
+      for (int r = 0; r < kTileQueries / 32; ++r) {
+        if (32 * r >= args.tile_rows) break;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t words[8];
+#pragma unroll
+          for (int b = 0; b < 8; ++b) {
+            words[b] = (b < 7 ? bits[r][i] << (6 - b) : bits[r][i] >> 1) & 0x40404040u;
+          }
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            *reinterpret_cast<uint4*>(smem.mask[mask.stage] +
+                                      swizzle<64>(32 * r + lane, 2 * i + c)) =
+                make_uint4(words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]);
+          }
+        }
+      }
+      fence_async_shared();
+      __syncwarp();
+      if (lane == 0) {
+        mbarrier_arrive(smem_address(&smem.mask_full[mask.stage]));
+        mbarrier_arrive(smem_address(&smem.tile_empty[ring.stage]));
+      }
+      ring.advance(kMaskWarps);
+      mask.advance(kMaskWarps);
+    }
+    // This warp has seen its loads of the tile arrive: these states are read.
+    if (lane == 0) {
+      release_increment(tiles_done(args, e4m3_tile<Variant::kHeadDim>(args, ticket).bh));
+    }
+  }
+}
+
+// One warpgroup of the complement stream: the columns of one segment of each tile. The products of
+// a step are issued before those of the step before are waited for: the tensor cores always have
+// the next ones.
+template <class Variant>
+struct E4m3ComplementWorker {
+  using Smem = typename Variant::Smem;
+  static constexpr int kHeadDim = Variant::kHeadDim;
+  using State = E4m3State<kHeadDim>;
+  using Fragments = uint32_t[2][4];
+
+  const LinearArgs& args;
+  Smem& smem;
+  const int group, warp, lane;
+  RingCursor<Smem::kTileStages> ring;
+  RingCursor<Smem::kMaskBuffers> mask, behind;  // of this step, of the oldest in flight
+
+  __device__ __forceinline__ E4m3ComplementWorker(const LinearArgs& args, Smem& smem, int group)
+      : args(args), smem(smem), group(group), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void sync() const {
+    named_barrier(1 + kStateGroups + group, kWarpgroup);
+  }
+
+  // The warp's 16 columns of 64 key blocks as A operands. Key blocks 8 i .. 8 i + 7 of each 32 are
+  // matrix i; a pair of bytes is two columns, which become rows lane / 4 and lane / 4 + 8 of A, the
+  // bytes in the order of the mask's bits.
+  __device__ __forceinline__ void load_fragments(Fragments& a, int line) const {
+    const uint32_t tile = smem_address(smem.tile[ring.stage]);
+    const int chunk = (4 * group + warp) ^ (line & 7);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const int row = 32 * k + lane;
+      uint32_t pairs[4];
+      ldmatrix_x4_trans(pairs, tile + row * 128 + ((chunk ^ (row & 7)) << 4));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        a[k][2 * i] = __byte_perm(pairs[i], pairs[i + 2], 0x6240);
+        a[k][2 * i + 1] = __byte_perm(pairs[i], pairs[i + 2], 0x7351);
+      }
+      pin(a[k]);  // ready before the products' fence
+    }
+  }
+
+  __device__ __forceinline__ void release_mask() {
+    if (lane == 0) mbarrier_arrive(smem_address(&smem.mask_empty[behind.stage]));
+    behind.advance();
+  }
+
+  // Query blocks 0 .. 63 of the tile into `low`, the rest into `high`: two products, as one of 128
+  // does not fit the registers that a thread of this kernel starts with.
+  template <int kHigh>
+  __device__ __forceinline__ void step(float (&low)[32], float (&high)[kHigh], Fragments& a,
+                                       int line, bool first) {
+    mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
+    load_fragments(a, line);
+    mbarrier_wait(smem_address(&smem.mask_full[mask.stage]), mask.parity);
+    const uint64_t b =
+        wgmma_descriptor(uniform(smem_address(smem.mask[mask.stage])), 0, 512, Swizzle::k64);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      wgmma_e4m3(low, a[k], advance(b, 32 * k), !first || k > 0);
+      if constexpr (kHigh > 1) {
+        wgmma_e4m3(high, a[k], advance(b, 64 * 64 + 32 * k), !first || k > 0);
+      }
+    }
+    wgmma_commit();
+    // Only now: ordered before the products, the fragments were still on their way from shared
+    // memory at times when the next states came in (seen as results that differed from run to run).
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(smem_address(&smem.tile_empty[ring.stage]));
+    ring.advance();
+    mask.advance();
+    wgmma_wait<1>();
+    if (!first) release_mask();
+  }
+
+  // H of 2 kCount query blocks from row0 on, by way of shared memory: whole lines to memory.
+  template <int kCount>
+  __device__ __forceinline__ void store_h(const float (&acc)[kCount], const E4m3Tile& tile,
+                                          int part) const {
+    const int segment = 2 * tile.line + group;
+    const int panel = segment / kHeadDim, feature = segment % kHeadDim;
+    const int column = 16 * warp + lane / 8 * 2 + lane / 4 % 2 * 8;
+    const float* v_scale =
+        args.p.v_scale + static_cast<int64_t>(tile.bh) * 2 * kHeadDim + panel * kPanel + column;
+    const float scale[2] = {0.5f * State::kUnit * v_scale[0], 0.5f * State::kUnit * v_scale[1]};
+    const bool leader = threadIdx.x % kWarpgroup == 0;
+    if (leader) bulk_store_wait_read();  // of the store before
+    sync();
+    const uint32_t out = smem_address(smem.out[group]);
+    // Row 8 i + 2 t + e, column / 8 as its chunk.
+    const int row = lane % 4 * 2;
+    uint32_t address = out + row * 128 + ((column / 8 ^ row) << 4) + column % 8 * 2;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+      store_shared(address + i * 1024, Pair<__nv_bfloat16>::from_floats(acc[4 * i] * scale[0],
+                                                                        acc[4 * i + 2] * scale[1]));
+      store_shared(
+          (address ^ 16) + 128 + i * 1024,
+          Pair<__nv_bfloat16>::from_floats(acc[4 * i + 1] * scale[0], acc[4 * i + 3] * scale[1]));
+    }
+    fence_async_shared();
+    sync();
+    if (leader) {
+      tensor_store(&args.h[part], out, 0, panel * kHeadDim + h_row(feature), tile.row0 + part * 64,
+                   tile.bh);
+      bulk_store_commit();
+    }
+  }
+
+  // Parts of Z.
+  template <int kCount>
+  __device__ __forceinline__ void store_z(const float (&acc)[kCount], const E4m3Tile& tile,
+                                          int row0) const {
+    const int index = 2 * tile.line + group - State::kFirstPart;
+    const int part = index / State::kPanels, panel = index % State::kPanels;
+    const int column = 16 * warp + lane / 8 * 2 + lane / 4 % 2 * 8;
+    // z was multiplied by 4, its parts by 16 to the number of the part.
+    const float scale = 0.125f / static_cast<float>(1 << (4 * part));
+    const int rows = min(tile.row0 + args.tile_rows, args.p.shape.num_q_blocks);
+    float* z =
+        args.p.z +
+        (int64_t{1} * tile.bh * args.p.shape.num_q_blocks * State::kParts + part) * kHeadDim +
+        panel * kPanel + column;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = row0 + lane % 4 * 2 + 8 * i + e;
+        if (row < rows) {
+          *reinterpret_cast<float2*>(z + int64_t{1} * row * State::kParts * kHeadDim) =
+              make_float2(acc[4 * i + e] * scale, acc[4 * i + 2 + e] * scale);
+        }
+      }
+    }
+  }
+
+  // kHigh: accumulators of the query blocks from 64 on, half as many as there are; 1 for none.
+  template <int kHigh>
+  __device__ __forceinline__ void run_tiles() {
+    const int steps = e4m3_steps(args);
+    for (;;) {
+      mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
+      const int ticket = uniform(smem.tile_ticket[ring.stage]);
+      if (ticket < 0) break;
+      const E4m3Tile tile = e4m3_tile<kHeadDim>(args, ticket);
+      float low[32], high[kHigh];
+      Fragments even, odd;
+#pragma unroll 1
+      for (int i = 0; i < steps; i += 2) {
+        step(low, high, even, tile.line, i == 0);
+        step(low, high, odd, tile.line, false);
+      }
+      wgmma_wait<0>();
+      release_mask();
+      pin(low);
+      pin(high);
+      if (2 * tile.line < State::kFirstPart) {
+        store_h(low, tile, 0);
+        if constexpr (kHigh > 1) store_h(high, tile, 1);
+      } else {
+        store_z(low, tile, tile.row0);
+        if constexpr (kHigh > 1) store_z(high, tile, tile.row0 + 64);
+      }
+    }
+    if (threadIdx.x % kWarpgroup == 0) bulk_store_wait();
+  }
+
+  __device__ __forceinline__ void run() {
+    switch (args.tile_rows) {
+      case 64:
+        return run_tiles<1>();
+      case 96:
+        return run_tiles<16>();
+      case 120:
+        return run_tiles<28>();
+      default:
+        return run_tiles<32>();
+    }
+  }
+};
+
+template <typename Element_, int kHeadDim_>
+struct LinearE4m3 {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_, kQuant = SLA2_QUANT_INT8_FP8;
+  static constexpr int kComplementRegisters = 112, kStateRegisters = 104, kCopyRegisters = 48;
+  // What fp16 values leave of the room.
+  static constexpr int kStages = std::is_same_v<Element, __half> && kHeadDim == 128 ? 3 : 4;
+
+  struct Smem : StateSmem<Element, kHeadDim, kStages> {
+    static constexpr int kTileStages = 5, kMaskBuffers = 3;
+    static constexpr int kTileBytes = kStepBlocks * 128;
+    alignas(1024) char mask[kMaskBuffers][kTileQueries * 64];
+    alignas(1024) char out[kComplementGroups][64 * 128];
+    alignas(1024) char tile[kTileStages][kTileBytes];
+    alignas(128) uint32_t words[kTileStages][2][kTileQueries];
+    float v_inverse[kStages][kHeadDim];
+    Element k_range[kStages][2][kHeadDim];
+    float k_amax[kStages][kWarpgroup / 32];
+    int tile_ticket[kTileStages];  // negative: no more tiles; at the first step of a tile
+    alignas(8) uint64_t tile_full[kTileStages];
+    uint64_t tile_empty[kTileStages], mask_full[kMaskBuffers], mask_empty[kMaskBuffers];
+
+    __device__ __forceinline__ void init() {
+      StateSmem<Element, kHeadDim, kStages>::init();
+      if (threadIdx.x != 0) return;
+      constexpr int kWarps = kComplementGroups * kWarpgroup / 32;
+      for (int i = 0; i < kTileStages; ++i) {
+        mbarrier_init(smem_address(&tile_full[i]), 1);
+        mbarrier_init(smem_address(&tile_empty[i]), kWarps + 1);  // and the warp of the masks
+      }
+      for (int i = 0; i < kMaskBuffers; ++i) {
+        mbarrier_init(smem_address(&mask_full[i]), 1);
+        mbarrier_init(smem_address(&mask_empty[i]), kWarps);
+      }
+    }
+  };
+
+  static __device__ __forceinline__ void complement(const LinearArgs& args, Smem& smem, int group) {
+    E4m3ComplementWorker<LinearE4m3>(args, smem, group).run();
+  }
+  static __device__ __forceinline__ void states(const LinearArgs& args, Smem& smem, int group) {
+    E4m3StateWorker<LinearE4m3>(args, smem, group).run();
+  }
+  static __device__ __forceinline__ void copies(const LinearArgs& args, Smem& smem, int warp) {
+    switch (warp) {
+      case 0:
+        return load_e4m3_tiles<LinearE4m3>(args, smem);
+      case 1:
+        if (threadIdx.x % 32 == 0) StateServer<LinearE4m3>(args, smem).run();
+        return;
+      default:
+        return expand_masks<LinearE4m3>(args, smem, warp - 2);
+    }
+  }
+  // From where the workers have staged it.
+  static __device__ __forceinline__ void store_state(const LinearArgs& args, Smem& smem, int stage,
+                                                     StateTask task) {
+    using State = E4m3State<kHeadDim>;
+    const int64_t slot = task.bh % args.p.state_slots;
+    char* state = static_cast<char*>(args.p.state) +
+                  (slot * args.p.shape.num_k_blocks + task.block) * State::kBytes;
+    bulk_store(state, smem_address(smem.state[stage].value), State::kBytesH);
+    bulk_store(state + State::kBytesH, smem_address(smem.k_mean[stage]), State::kBytesZ);
+    bulk_store_commit();
+    bulk_store_wait();
+  }
+
+  static cudaError_t encode(LinearArgs& args) {
+    using State = E4m3State<kHeadDim>;
+    const LinearParams& p = args.p;
+    const int queries = p.shape.num_q_blocks;
+    args.row_tiles = (queries + kTileQueries - 1) / kTileQueries;
+    args.tile_rows = tile_rows((queries + args.row_tiles - 1) / args.row_tiles);
+    args.head_tiles = args.row_tiles * (State::kSegments / 2);
+    args.head_reads = kMaskWarps * args.head_tiles;
+    if (p.state == nullptr) return cudaSuccess;
+    const uint64_t blocks = p.shape.num_k_blocks, slots = p.state_slots;
+    cudaError_t status = encode_tensor_map<3>(args.state, p.state, {State::kBytes, blocks, slots},
+                                              {State::kBytes, blocks * State::kBytes},
+                                              {State::kLine, kStepBlocks, 1}, 1);
+    constexpr uint64_t kLines = kHeadDim / kPanel * kHeadDim, kBytes = kLines * kPanel * 2;
+    for (int part = 0; part < 2 && status == cudaSuccess; ++part) {
+      const int rows = part == 0 ? 64 : args.tile_rows - 64;
+      if (rows == 0) continue;
+      status = encode_tensor_map<4>(
+          args.h[part], p.h,
+          {kPanel, kLines, static_cast<uint64_t>(queries), static_cast<uint64_t>(p.shape.num_bh)},
+          {kPanel * 2, kBytes, queries * kBytes}, {kPanel, 1, static_cast<uint32_t>(rows), 1});
+    }
+    return status;
+  }
+
+ private:
+  // The width of the products that holds `rows` query blocks.
+  static int tile_rows(int rows) {
+    for (const int width : {64, 96, 120}) {
+      if (rows <= width) return width;
+    }
+    return kTileQueries;
+  }
+};
+
+}  // namespace sla2
