@@ -52,8 +52,8 @@ __device__ __forceinline__ void load_z(const AttnParams& p, char* smem) {
   constexpr int kParts = z_parts(C::kInt8 ? SLA2_QUANT_INT8_FP8 : SLA2_QUANT_NONE);
   constexpr int kReads = 2 * C::kHeadDim / 4;
   if (threadIdx.x < kReads) {
-    const float4* parts = reinterpret_cast<const float4*>(
-        p.z + static_cast<int64_t>(blockIdx.x) * kParts * C::kHeadDim);
+    const float4* parts = reinterpret_cast<const float4*>(p.z + static_cast<int64_t>(blockIdx.x) *
+                                                                    kParts * C::kHeadDim);
     float4 sum = parts[threadIdx.x];
 #pragma unroll
     for (int i = 1; i < kParts / 2; ++i) {
