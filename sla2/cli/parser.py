@@ -106,7 +106,7 @@ def _add_selftest(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--path",
         choices=PATHS,
         default="auto",
-        help="kernels to test on a GPU (default: those the device uses)",
+        help="kernels to test on a GPU (default auto: those SLA2_PATH names)",
     )
     parser.add_argument(
         "--filter", metavar="TEXT", default="", help="only the cases whose name contains TEXT"
@@ -151,7 +151,7 @@ def _add_bench(commands: Subparsers[argparse.ArgumentParser]) -> None:
         "--path",
         choices=PATHS,
         default="auto",
-        help="kernels to time on a GPU (default: the device's own)",
+        help="kernels to time on a GPU (default auto: those SLA2_PATH names)",
     )
     parser.add_argument(
         "--backward", action="store_true", help="also time forward + backward (a training step)"
