@@ -455,10 +455,11 @@ def test_arguments_of_attn_fwd(layout: str, alpha: str, recorder: Recorder) -> N
 def test_arguments_without_router_and_of_route(recorder: Recorder) -> None:
     i = make_inputs(Case(1, 300, 3, 64, "2", torch.bfloat16))
     lut, counts = ops._new_lists(i.q, "BNHD", 2)
-    _, _, out_sparse = ops._attn_fwd_cuda(
-        i.q, i.k, i.v, lut, counts, None, None, 0.125, "none", "linear", False, "smoothed", "BNHD",
-        True,
-    )  # fmt: skip
+    with ops.kernel_path("auto"):
+        _, _, out_sparse = ops._attn_fwd_cuda(
+            i.q, i.k, i.v, lut, counts, None, None, 0.125, "none", "linear", False, "smoothed",
+            "BNHD", True,
+        )  # fmt: skip
     call = recorder.calls["attn_fwd"]
     assert call["shape"] == (1, 300, 3, 64, 0)
     assert call["options"] == (0, 2, 0, False, False, 0.125)
