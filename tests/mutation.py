@@ -67,6 +67,8 @@ ATTENTION_SM90 = f"{KERNELS}/sm90/attn_fwd.cuh"
 ROUTE_SM90 = f"{KERNELS}/sm90/router.cu"
 SELECT_SM90 = f"{KERNELS}/sm90/router_select.cuh"
 SPLIT_SM90 = f"{KERNELS}/sm90/router_split.cuh"
+LINEAR_SM90 = f"{KERNELS}/sm90/linear_e4m3.cuh"
+STATE_SM90 = f"{KERNELS}/sm90/linear_e4m3_state.cuh"
 
 FAULTS = (
     Fault(
@@ -220,6 +222,17 @@ FAULTS = (
         "Pair<__half>::from_floats(x0 - high.x, x1 - high.y);",
         "Pair<__half>::from_floats(0.f, 0.f);",
         (f"{FORWARD}::test_router_scores",),
+    ),
+    Fault(
+        "key blocks of a product in another order, Hopper", LINEAR_SM90,
+        "__byte_perm(pairs[i], pairs[i + 2], 0x6240)",
+        "__byte_perm(pairs[i], pairs[i + 2], 0x6420)",
+        (f"{FORWARD}::test_states_in_e4m3",),
+    ),
+    Fault(
+        "columns of e4m3 states in another order, Hopper", STATE_SM90,
+        "within % 8 / 2 * 4 +", "within / 8 * 4 +",
+        (f"{FORWARD}::test_states_in_e4m3",),
     ),
     Fault(
         "a kernel on the legacy stream", COMPLEMENT,

@@ -161,6 +161,10 @@ def test_hopper_products(hopper: dict[str, Code]) -> None:
         assert has(code, "HGMMA")
     for code in unquantised:
         assert has(code, "HGMMA") and not has(code, "QGMMA")
+    linear = kernels_named(hopper, "linear_kernel")
+    assert {name for name, code in linear.items() if has(code, r"QGMMA\.\S*E4M3\.E4M3")} == set(
+        kernels_named(linear, "LinearE4m3")
+    )
     for part, (count, _) in HELPERS_SM90.items():
         helpers = kernels_named(hopper, part)
         assert len(helpers) == count, part
