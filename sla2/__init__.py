@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import reference
     from .block_map import BlockMap
+    from .checkpoint import load_router, save_router
     from .env import (
         __git_sha__,
         __version__,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         sla2_attention,
     )
     from .module import SLA2Attention
+    from .optim import param_groups
 
 __all__ = [
     "Aux",
@@ -45,8 +47,11 @@ __all__ = [
     "get_cmake_dir",
     "get_include",
     "is_available",
+    "load_router",
+    "param_groups",
     "reference",
     "route",
+    "save_router",
     "sla2_attention",
     "why_not",
 ]
@@ -64,8 +69,11 @@ _HOME = {
     "get_cmake_dir": "env",
     "get_include": "env",
     "is_available": "env",
+    "load_router": "checkpoint",
+    "param_groups": "optim",
     "reference": "reference",
     "route": "functional",
+    "save_router": "checkpoint",
     "sla2_attention": "functional",
     "why_not": "env",
 }
