@@ -47,7 +47,6 @@ from rich.console import Console
 from rich.table import Table
 
 import sla2
-from sla2 import env
 from sla2.cli.bench import make_problem
 from sla2.cli.bench_timing import kernel_times, time_call
 from sla2.cli.bench_work import Shape
@@ -56,8 +55,8 @@ from sla2.cli.device import (
     path_in_use,
     pick_device,
     provenance,
+    require_served,
     use_path,
-    why_not_path,
 )
 from sla2.cli.errors import CliError
 from sla2.cli.files import output_folder, write_json
@@ -378,15 +377,8 @@ def make_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
     cases: list[Case] = []
     for shape in (Shape(*sizes) for sizes in options.shape):
         for quant in options.quant:
-            properties: dict[str, Any] = {"head_dim": shape.head_dim, "quant": quant}
-            reason = env.why_not(device, dtype=options.dtype, **properties)
-            if reason is None:
-                longest = shape.kept_blocks(max(options.topk))
-                reason = why_not_path(
-                    device, options.path, options.dtype, **properties, num_kv_blocks=longest
-                )
-            if reason is not None:
-                raise CliError(f"quant {quant} on {device}: {reason}")
+            longest = shape.kept_blocks(max(options.topk))
+            require_served(device, options.path, options.dtype, shape.head_dim, quant, longest)
             for topk in options.topk:
                 kept = shape.kept_blocks(topk)
                 path = path_in_use(device, options.path, quant, kept, routed=True)

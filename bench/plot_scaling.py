@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib
 
 from sla2.cli.errors import CliError
-from sla2.cli.files import write_atomically
+from sla2.files import write_atomically
 
 matplotlib.use("Agg")  # a file only: no display is needed
 

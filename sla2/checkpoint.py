@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from ._version import __version__
 from .checks import num_q_blocks
 from .constants import BLOCK_K, BLOCK_Q
+from .files import write_atomically
 from .module import SLA2Attention
 
 _FORMAT_VERSION = 1
@@ -89,7 +88,7 @@ def save_router(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": {name: _settings(layer) for name, layer in layers.items()},
     }
     data = safetensors.torch.save(tensors, {_METADATA_KEY: json.dumps(header)})
-    _replace(path, data)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data), suffix=".tmp")
 
 
 @torch.no_grad()
@@ -268,21 +267,6 @@ def _import_safetensors() -> ModuleType:
             "pip install 'safetensors>=0.4'"
         ) from error
     return safetensors
-
-
-def _replace(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes the file whole or not at all; of a link the file it points to."""
-    target = Path(os.path.realpath(path))
-    # Not tempfile: its files can be read by their owner alone, and the rename would keep that.
-    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with partial.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())  # else a power failure could keep the rename, not the data
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Settings], dict[str, Tensor]]:

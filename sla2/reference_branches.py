@@ -215,6 +215,13 @@ def linear_branch(
     phi_k, v = rounded(feature_map(k), low), rounded(v, low)
     h, z = block_states(phi_k, v, block_k)
     state = rounded(weights, low) @ rounded(h, low).flatten(-2)
+    return _apply_sums(q, weights, state, z, block_q, low)
+
+
+def _apply_sums(
+    q: Tensor, weights: Tensor, state: Tensor, z: Tensor, block_q: int, low: torch.dtype | None
+) -> Tensor:
+    """`apply_state` to all of Q, with Z_i summed here."""
     norm = rounded(weights, low) @ rounded(z, low)
     phi_q = to_blocks(feature_map(q), block_q)
     empty = (weights == 0).all(dim=-1)
@@ -246,10 +253,7 @@ def linear_branch_fp8(
     h, z = block_states(rounded(feature_map(k), torch.bfloat16), rounded(v, low), block_k)
     total = rounded(weights, low) @ quantize_states_fp8(h, amax, block_k).to(h.dtype).flatten(-2)
     state = total * state_scale(amax, block_k).to(h.dtype)
-    norm = rounded(weights, low) @ rounded(z, low)
-    phi_q = to_blocks(feature_map(q), block_q)
-    empty = (weights == 0).all(dim=-1)
-    return from_blocks(apply_state(phi_q, state, norm, empty, low), q.shape[-2])
+    return _apply_sums(q, weights, state, z, block_q, low)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -18,6 +18,7 @@ from sla2.cli import accuracy, bench_work, files, main, selftest
 from sla2.cli.bench_report import COLUMNS
 from sla2.cli.bench_timing import time_call
 from sla2.cli.selftest_cases import Case, cases, make_inputs
+from sla2.files import write_atomically
 
 CPU = torch.device("cpu")
 
@@ -397,7 +398,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, fail)
+        write_atomically(path, fail)
     with pytest.raises(ValueError, match="JSON"):
         files.write_json(path, float("nan"))
     assert json.loads(path.read_text()) == [1]

@@ -486,4 +486,5 @@ def test_the_metadata(tmp_path: Path) -> None:
         "format": "sla2-qkv", "version": "1", "layer": "a b", "call": "0", "layout": "BNHD",
         "dtype": "bfloat16", "sla2_version": sla2.__version__,
     }  # fmt: skip
-    assert path.stat().st_mode & 0o777 == 0o644
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 import sla2
-from sla2 import env, reference
+from sla2 import reference
 from sla2.cli import accuracy, bench_peers, bench_report, bench_work
 from sla2.cli.bench_timing import Timing, kernel_times, peak_extra_bytes, time_call
 from sla2.cli.bench_work import Shape
@@ -25,8 +25,8 @@ from sla2.cli.device import (
     path_in_use,
     pick_device,
     provenance,
+    require_served,
     use_path,
-    why_not_path,
 )
 from sla2.cli.errors import CliError
 from sla2.cli.files import output_folder, write_json
@@ -51,15 +51,8 @@ def run(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     dtype = getattr(torch, options.dtype)
     for shape, quant in itertools.product(_shapes(options), options.quant):
-        properties: dict[str, Any] = {"head_dim": shape.head_dim, "quant": quant}
-        reason = env.why_not(device, dtype=options.dtype, **properties)
-        if reason is None:
-            longest = shape.kept_blocks(max(options.topk))
-            reason = why_not_path(
-                device, options.path, options.dtype, **properties, num_kv_blocks=longest
-            )
-        if reason is not None:
-            raise CliError(f"quant {quant} on {device}: {reason}")
+        longest = shape.kept_blocks(max(options.topk))
+        require_served(device, options.path, options.dtype, shape.head_dim, quant, longest)
     folder = None if options.output is None else output_folder(options.output)
     clear_tf32()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

@@ -11,7 +11,8 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from sla2.cli.files import write_atomically, write_json
+from sla2.cli.files import write_json
+from sla2.files import write_atomically
 
 matplotlib.use("Agg")  # files only: no display is needed
 

@@ -27,8 +27,9 @@ from sla2.cli.clip import load_clip
 from sla2.cli.demo_plot import Picture, draw, milliseconds
 from sla2.cli.device import device_name, pick_device
 from sla2.cli.errors import CliError
-from sla2.cli.files import output_folder, write_atomically, write_json
+from sla2.cli.files import output_folder, write_json
 from sla2.cli.tokens import PATCH, Qkv, embed, pixel_frames
+from sla2.files import write_atomically
 
 GPU_GRID = (21, 30, 52)  # 81 frames at 832 x 480
 CPU_GRID = (13, 30, 52)  # 49 frames: full attention takes seconds there

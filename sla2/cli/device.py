@@ -86,6 +86,20 @@ def why_not_path(
     return env.why_not_sm90(_index(device), dtype, head_dim, quant, num_kv_blocks)
 
 
+def require_served(
+    device: torch.device, path: str, dtype: str, head_dim: int, quant: str, num_kv_blocks: int
+) -> None:
+    """Raises CliError where the device, or the kernels of `path`, cannot serve such calls.
+
+    num_kv_blocks: the longest lists asked for.
+    """
+    reason = env.why_not(device, dtype=dtype, head_dim=head_dim, quant=quant)
+    if reason is None:
+        reason = why_not_path(device, path, dtype, head_dim, quant, num_kv_blocks)
+    if reason is not None:
+        raise CliError(f"quant {quant} on {device}: {reason}")
+
+
 def _chosen(path: str) -> str:
     return ops.current_path() if path == "auto" else path
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._version import __version__
+from ..files import write_atomically
 
 FORMAT = "sla2-qkv"
 VERSION = "1"
@@ -119,23 +119,22 @@ def write_sample(
         "priority": repr(priority),
         "sla2_version": __version__,
     }
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".sample-", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        tensors = dict(zip(_NAMES, qkv, strict=True))
+    tensors = dict(zip(_NAMES, qkv, strict=True))
+
+    def write(temporary: Path) -> None:
         safetensors.torch.save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(0o644)
-        if not path.exists():
-            temporary.replace(path)
-            return path
+        if path.exists():
+            raise FileExistsError(
+                f"{path} exists: two recorders write to one folder. Give each its own"
+            )
+
+    try:
+        write_atomically(path, write, suffix=".tmp")
+    except FileExistsError:
+        raise
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write the sample {path}: {error}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-    raise FileExistsError(f"{path} exists: two recorders write to one folder. Give each its own")
+    return path
 
 
 def read_priority(file: SampleFile) -> float:
