@@ -273,18 +273,6 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
                 const sla2_block_lists& lists, bool mask_done) {
   const NvtxRange range("sla2.linear_pre");
   const std::string problem = describe(p.shape);
-  StateParams state = {};
-  state.shape = shape;
-  state.k = view(p.k);
-  state.v = view(p.v);
-  state.k_mean = buffers.k_mean;
-  state.v_scale = buffers.v_scale;
-  state.records = buffers.records;
-  state.k_scale = buffers.k_scale;
-  state.state = static_cast<uint16_t*>(buffers.state);
-  state.quant = sparse_quant(p);
-  state.phi_raw_k = p.phi_raw_k;
-  state.stream = p.stream;
   ComplementParams complement = {};
   complement.shape = shape;
   complement.lut = lists.lut;
@@ -298,15 +286,15 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
   if (buffers.sm90) {
     LinearParams linear = {};
     linear.shape = shape;
-    linear.k = state.k;
-    linear.v = state.v;
-    linear.k_mean = state.k_mean;
+    linear.k = view(p.k);
+    linear.v = view(p.v);
+    linear.k_mean = buffers.k_mean;
     linear.k_range = buffers.k_range;
-    linear.v_scale = state.v_scale;
-    linear.records = state.records;
-    linear.k_scale = state.k_scale;
-    linear.quant = state.quant;
-    linear.phi_raw_k = state.phi_raw_k;
+    linear.v_scale = buffers.v_scale;
+    linear.records = buffers.records;
+    linear.k_scale = buffers.k_scale;
+    linear.quant = sparse_quant(p);
+    linear.phi_raw_k = p.phi_raw_k;
     linear.mask = buffers.mask;
     linear.state = buffers.state;
     linear.state_slots = buffers.state_slots;
@@ -321,6 +309,18 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
     check_launch(launch_linear_sm90(linear, p.shape.dtype, p.shape.head_dim), "linear", problem);
     return;
   }
+  StateParams state = {};
+  state.shape = shape;
+  state.k = view(p.k);
+  state.v = view(p.v);
+  state.k_mean = buffers.k_mean;
+  state.v_scale = buffers.v_scale;
+  state.records = buffers.records;
+  state.k_scale = buffers.k_scale;
+  state.state = static_cast<uint16_t*>(buffers.state);
+  state.quant = sparse_quant(p);
+  state.phi_raw_k = p.phi_raw_k;
+  state.stream = p.stream;
   for (int bh = 0; bh < shape.num_bh; bh += buffers.heads_per_group) {
     state.bh_begin = complement.bh_begin = bh;
     state.bh_count = complement.bh_count = std::min(buffers.heads_per_group, shape.num_bh - bh);

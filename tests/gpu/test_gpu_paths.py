@@ -112,7 +112,7 @@ def test_branches_by_given_lists(
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_more_heads_than_slots(head_dim: int, quant: str) -> None:
-    """The linear kernel keeps the states of three heads: 25 heads pass through them."""
+    """The linear kernel keeps the states of three heads at most: 25 heads pass through them."""
     case = Case(5, 1560, 5, head_dim, "2", torch.bfloat16)
     check_agreement(*run_both(make_inputs(case, DEVICE), 2, quant=quant))
 

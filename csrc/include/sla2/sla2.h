@@ -42,7 +42,7 @@ typedef enum sla2_dtype { SLA2_BFLOAT16 = 0, SLA2_FLOAT16 = 1 } sla2_dtype;
 typedef enum sla2_quant {
   SLA2_QUANT_NONE = 0,       // 16-bit products in the sparse branch
   SLA2_QUANT_INT8_FP16 = 1,  // int8 Q K^T, fp16 P V
-  SLA2_QUANT_INT8_FP8 = 2,   // int8 Q K^T, e4m3 P V
+  SLA2_QUANT_INT8_FP8 = 2,   // int8 Q K^T, e4m3 P V, e4m3 states in the linear branch beside it
 } sla2_quant;
 
 typedef enum sla2_branch {

@@ -1,6 +1,6 @@
 // The linear branch before the attention kernel, one persistent launch (method steps 6 and 8): K
-// and V records, states, H and Z of all heads. The state work is bound by memory and issue slots,
-// the complement by the tensor cores; as two streams of warps on every SM they overlap.
+// and V records, states, H and Z of all heads. The state work waits for memory and its own latency,
+// the complement for its products; as two streams of warps on every SM they overlap.
 #include <algorithm>
 
 #include "../common/dispatch.h"
@@ -35,14 +35,14 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
   const int group = uniform(static_cast<int>(threadIdx.x / kWarpgroup));
   if (group < kComplementGroups) {
     grow_registers<Variant::kComplementRegisters>();
-    Variant::complement(args, smem, group);
+    typename Variant::ComplementWorker(args, smem, group).run();
   } else if (group < kComplementGroups + kStateGroups) {
     if constexpr (Variant::kStateRegisters > kRegisterPool / 5) {
       grow_registers<Variant::kStateRegisters>();
     } else {
       shrink_registers<Variant::kStateRegisters>();
     }
-    Variant::states(args, smem, group - kComplementGroups);
+    typename Variant::StateWorker(args, smem, group - kComplementGroups).run();
   } else {
     shrink_registers<Variant::kCopyRegisters>();
     Variant::copies(args, smem, threadIdx.x / 32 % 4);

@@ -347,6 +347,8 @@ template <typename Element_, int kHeadDim_>
 struct LinearBf16 {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kQuant = SLA2_QUANT_NONE;
+  using ComplementWorker = Bf16ComplementWorker<LinearBf16>;
+  using StateWorker = Bf16StateWorker<LinearBf16>;
   static constexpr int kComplementRegisters = 136, kStateRegisters = 80, kCopyRegisters = 48;
 
   struct Smem : StateSmem<Element, kHeadDim, 4> {
@@ -371,12 +373,6 @@ struct LinearBf16 {
     }
   };
 
-  static __device__ __forceinline__ void complement(const LinearArgs& args, Smem& smem, int group) {
-    Bf16ComplementWorker<LinearBf16>(args, smem, group).run();
-  }
-  static __device__ __forceinline__ void states(const LinearArgs& args, Smem& smem, int group) {
-    Bf16StateWorker<LinearBf16>(args, smem, group).run();
-  }
   static __device__ __forceinline__ void copies(const LinearArgs& args, Smem& smem, int warp) {
     switch (warp) {
       case 0:

@@ -330,6 +330,8 @@ template <typename Element_, int kHeadDim_>
 struct LinearE4m3 {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kQuant = SLA2_QUANT_INT8_FP8;
+  using ComplementWorker = E4m3ComplementWorker<LinearE4m3>;
+  using StateWorker = E4m3StateWorker<LinearE4m3>;
   static constexpr int kComplementRegisters = 112, kStateRegisters = 104, kCopyRegisters = 48;
   // What fp16 values leave of the room.
   static constexpr int kStages = std::is_same_v<Element, __half> && kHeadDim == 128 ? 3 : 4;
@@ -363,12 +365,6 @@ struct LinearE4m3 {
     }
   };
 
-  static __device__ __forceinline__ void complement(const LinearArgs& args, Smem& smem, int group) {
-    E4m3ComplementWorker<LinearE4m3>(args, smem, group).run();
-  }
-  static __device__ __forceinline__ void states(const LinearArgs& args, Smem& smem, int group) {
-    E4m3StateWorker<LinearE4m3>(args, smem, group).run();
-  }
   static __device__ __forceinline__ void copies(const LinearArgs& args, Smem& smem, int warp) {
     switch (warp) {
       case 0:

@@ -115,7 +115,7 @@ __device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
 // D (int32) = A B (+ D): int8, both K-major in shared memory, K = 32.
 SLA2_WGMMA_SHARED_A(wgmma_s8, int, SLA2_KIND_INT, 32, "m64n64k32.s32.s8.s8", 32, 33, 34, "")
 
-// A in registers, B K-major in shared memory: e4m3 with K = 32, bf16 with K = 16.
+// e4m3, A in registers, B K-major in shared memory, K = 32.
 SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 16, "m64n32k32.f32.e4m3.e4m3", 16, 17, 18,
                       19, 20, 21, ", 1, 1")
 SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 28, "m64n56k32.f32.e4m3.e4m3", 28, 29, 30,
@@ -124,12 +124,6 @@ SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 32, "m64n64k32.f32.e4m
                       35, 36, 37, ", 1, 1")
 SLA2_WGMMA_REGISTER_A(wgmma_e4m3, float, SLA2_KIND_FLOAT, 64, "m64n128k32.f32.e4m3.e4m3", 64, 65,
                       66, 67, 68, 69, ", 1, 1")
-SLA2_WGMMA_REGISTER_A(wgmma_bf16, float, SLA2_KIND_FLOAT, 16, "m64n32k16.f32.bf16.bf16", 16, 17, 18,
-                      19, 20, 21, ", 1, 1, 0")
-SLA2_WGMMA_REGISTER_A(wgmma_bf16, float, SLA2_KIND_FLOAT, 28, "m64n56k16.f32.bf16.bf16", 28, 29, 30,
-                      31, 32, 33, ", 1, 1, 0")
-SLA2_WGMMA_REGISTER_A(wgmma_bf16, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32.bf16.bf16", 32, 33, 34,
-                      35, 36, 37, ", 1, 1, 0")
 
 // 16-bit, K = 16; kTransA, kTransB: that operand is MN-major.
 template <typename Element, bool kTransA, bool kTransB>
