@@ -56,6 +56,7 @@ class Fault:
 
 ATTENTION = f"{KERNELS}/sm80/attn_fwd.cuh"
 OUTPUT = f"{KERNELS}/common/attn_output.cuh"
+QUERY = f"{KERNELS}/sm80/attn_query.cuh"
 SOFTMAX = f"{KERNELS}/common/softmax.cuh"
 COMPLEMENT = f"{KERNELS}/sm80/complement.cu"
 STATE = f"{KERNELS}/portable/linear_state.cu"
@@ -64,6 +65,8 @@ ROUTER = f"{KERNELS}/portable/router.cu"
 CONVERT = f"{KERNELS}/common/convert.cuh"
 LAYOUT = f"{KERNELS}/common/layout.cuh"
 ATTENTION_SM90 = f"{KERNELS}/sm90/attn_fwd.cuh"
+INPUTS_SM90 = f"{KERNELS}/sm90/attn_inputs.cuh"
+OUTPUT_SM90 = f"{KERNELS}/sm90/attn_output.cuh"
 ROUTE_SM90 = f"{KERNELS}/sm90/router.cu"
 SELECT_SM90 = f"{KERNELS}/sm90/router_select.cuh"
 SPLIT_SM90 = f"{KERNELS}/sm90/router_split.cuh"
@@ -102,7 +105,7 @@ FAULTS = (
         (f"{FORWARD}::test_router_scores", f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
     ),
     Fault(
-        "last row not written", OUTPUT,
+        "last row not written", QUERY,
         "if (row < rows) {", "if (row < rows - 1) {",
         (f"{MEMORY}::test_what_memory_held_does_not_matter",),
     ),
@@ -196,13 +199,19 @@ FAULTS = (
     ),
     Fault(
         "short block not masked, Hopper", ATTENTION_SM90,
-        "const int valid = min(kBlockK, p.shape.seqlen - "
-        "listed_block<C>(p, smem, count - 1) * kBlockK);",
-        "const int valid = kBlockK;",
+        "if (valid < kBlockK) {", "if (valid < 0) {",
     ),
     Fault(
         "scale of another slot of the ring, Hopper", ATTENTION_SM90,
         "(smem + C::kScales)[entry % C::kStagesK]", "(smem + C::kScales)[0]",
+    ),
+    Fault(
+        "low part of Z dropped, Hopper", INPUTS_SM90,
+        "P::from_floats(sum.x - first.x, sum.y - first.y)", "0",
+    ),
+    Fault(
+        "second half of a warp's rows staged over the first, Hopper", OUTPUT_SM90,
+        "row = C::tile_row(0) + lane % 16;", "row = C::tile_row(0) + lane % 8;",
     ),
     Fault(
         "features of H in another order", LAYOUT,

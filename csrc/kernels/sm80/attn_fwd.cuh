@@ -170,7 +170,9 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     wait_for_stage();  // Z came with the ring's first entry
     float denominator[C::kTilesM][2];
     features.exponentiate(z, denominator);
-    blend.set(p, bh, block, row0, rows, softmax, denominator);
+    float alpha[C::kTilesM][2];
+    load_alpha<C>(p, bh, block, row0, rows, softmax, alpha);
+    blend.set(alpha, denominator);
   }
   scale_rows<C>(
       acc, [&](int m, int half) { return inverse_row_sum(m, half) * blend.alpha_over_f[m][half]; });

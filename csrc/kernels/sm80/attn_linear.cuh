@@ -3,8 +3,8 @@
 // of the features; e's fragments hold them in another one, and ldmatrix takes any row address.
 #pragma once
 
-#include "../common/attn_output.cuh"
 #include "attn_config.cuh"
+#include "attn_query.cuh"
 
 namespace sla2 {
 

@@ -113,14 +113,48 @@ __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map
       "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier)
       : "memory");
 }
+// For what is read or written once: L2 gives up these lines before others.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int x0, int x1,
+                                            int x2, int x3, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(dst),
+      "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "r"(barrier), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap* map, int x0, int x1,
+                                            int x2, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(dst),
+      "l"(map), "r"(x0), "r"(x1), "r"(x2), "r"(barrier), "l"(policy)
+      : "memory");
+}
 // The same way back, as part of a bulk_store group; what lies outside the tensor is not written.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t src, int x0, int x1,
-                                             int x2, int x3) {
+                                             int x2, int x3, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::
-          "l"(map),
-      "r"(src), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+      "cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, {%2, %3, %4, "
+      "%5}], [%1], %6;" ::"l"(map),
+      "r"(src), "r"(x0), "r"(x1), "r"(x2), "r"(x3), "l"(policy)
       : "memory");
+}
+// True in one lane of a converged warp. The compiler knows that it is one; behind any other
+// condition it puts a loop over the lanes that might be there around every copy (12 instructions
+// each).
+__device__ __forceinline__ bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(elected));
+  return elected != 0;
 }
 // A barrier among `threads` threads of the CTA; id 0 is __syncthreads'.
 __device__ __forceinline__ void named_barrier(int id, int threads) {

@@ -27,7 +27,6 @@ struct AttnConfigSm90 {
 
   static constexpr int kQueryRowBytes = kHeadDim * (kInt8 ? 1 : 2);  // also a key's
   static constexpr int kWideRowBytes = kHeadDim * 2;                 // 16-bit rows: phi(Q), H, V
-  static constexpr int kQueryBytes = kBlockQ * kQueryRowBytes;
   static constexpr int kKeyBytes = kBlockK * kQueryRowBytes;
   static constexpr int kValueBytes = kBlockK * kHeadDim * (kInt8 ? 1 : 2);
   static constexpr int kRegistersP = kBlockK / (kInt8 ? 32 : 16);  // A operands of P V, 4 each
@@ -37,6 +36,9 @@ struct AttnConfigSm90 {
   static constexpr bool kJoint = kInt8;
   static constexpr int kStagesK = kInt8 ? 4 : 3;
   static constexpr int kStagesV = kInt8 ? 0 : 2;
+  // Blocks between the one whose scores are made and the one whose place in K's ring is filled
+  // again: a record is free when its V has been used, a 16-bit tile at once.
+  static constexpr int kRefillLag = kJoint ? 1 : 0;
   static constexpr int kStageBytesK = kKeyBytes + (kJoint ? kValueBytes : 0);
 
   // H follows the last key block through K's ring, kRowsH features at a time: 64-column tiles side
@@ -45,28 +47,28 @@ struct AttnConfigSm90 {
   static constexpr int kPartsH = kHeadDim / kRowsH;
   static_assert(kRowsH % 32 == 0, "whole groups of features");
 
-  // The first entries of the list live in shared memory; those of longer lists are read as they
-  // come.
-  static constexpr int kListed = 256;
+  // List entries in shared memory: all of an int8_fp8 list (core/forward.cpp sends longer ones to
+  // the portable path), the first of a 16-bit one, whose others are read as they come.
+  static constexpr int kListed = kInt8 ? 128 : 192;
 
-  // [Q | K ring | V ring | Z | list | K scales | scratch | producer | barriers]; tiles are
-  // 1024-byte aligned for the swizzle. After the last block Q's bytes stage the output (the rings
-  // may hold H). 16-bit tiles leave no room for Z: there it comes late, over the rest of Q.
-  static constexpr int kKeys = kQueryBytes;
+  // [Q | K ring | V ring | int8 Q | Z | list | K scales | scratch | producer | barriers]; tiles are
+  // 1024-byte aligned for the swizzle. Q stays as it came, panels of 64 channels, for the linear
+  // branch; when a warp has taken its 16 rows, they stage its output.
+  static constexpr int kPanelBytes = kBlockQ * 128;  // of Q, 64 channels
+  static constexpr int kKeys = kBlockQ * kWideRowBytes;
   static constexpr int kValues = kKeys + kStagesK * kStageBytesK;
-  static constexpr bool kEarlyZ = kInt8;
-  static constexpr int kTilesEnd = kValues + kStagesV * kValueBytes;
-  static constexpr int kStagingBytes = 8 * kWideRowBytes;  // of one warp
-  static constexpr int kZ = kEarlyZ ? kTilesEnd : kWarps * kStagingBytes;
-  static constexpr int kList = kTilesEnd + (kEarlyZ ? 2 * kHeadDim * 4 : 0);
-  static constexpr int kScales = kList + kListed * 2;      // one float a stage
-  static constexpr int kScratch = kScales + kStagesK * 4;  // one float a warp
-  static constexpr int kProducer = (kScratch + kWarps * 4 + 7) / 8 * 8;
-  static constexpr int kFullK = kProducer + 32, kEmptyK = kFullK + kStagesK * 8;
+  static constexpr int kQuery8 = kValues + kStagesV * kValueBytes;
+  static constexpr int kZ = kQuery8 + (kInt8 ? kBlockQ * kHeadDim : 0);  // bf16 [2][D]
+  static constexpr int kList = kZ + 4 * kHeadDim;
+  static constexpr int kScales = kList + kListed * 2;                    // one float a stage
+  static constexpr int kScratch = kScales + (kInt8 ? kStagesK * 4 : 0);  // one word a warp
+  static constexpr int kProducer = kScratch + (kInt8 ? kWarps * 4 : 0);
+  static constexpr int kProducerBytes = 40;
+  static constexpr int kFullK = kProducer + kProducerBytes, kEmptyK = kFullK + kStagesK * 8;
   static constexpr int kFullV = kEmptyK + kStagesK * 8, kEmptyV = kFullV + kStagesV * 8;
   static constexpr int kFullQ = kEmptyV + kStagesV * 8;
   static constexpr int kSmemBytes = kFullQ + 8;
-  static_assert(kWarps * kStagingBytes + (kEarlyZ ? 0 : 2 * kHeadDim * 4) <= kQueryBytes, "fit Q");
+  static_assert(kZ % 1024 == 0 && kScratch % 16 == 0 && kProducer % 8 == 0, "aligned");
   static_assert(kSmemBytes <= 113 * 1024, "two CTAs an SM");
 };
 

@@ -9,6 +9,7 @@
 #include "../common/attn_output.cuh"
 #include "async.cuh"
 #include "attn_inputs.cuh"
+#include "attn_output.cuh"
 #include "attn_softmax.cuh"
 #include "tensor_map.h"
 
@@ -68,32 +69,15 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   const int lane = threadIdx.x % 32;
   const uint32_t base = smem_address(smem);
 
-  // Prologue: the list, barriers, the first entries of the rings, Q
+  // Prologue: barriers, Q on its way, the list, the first entries of the rings
   auto& producer = *reinterpret_cast<Producer<C>*>(smem + C::kProducer);
-  static_assert(sizeof(Producer<C>) == 32, "its place in shared memory");
+  static_assert(sizeof(Producer<C>) == C::kProducerBytes, "its place in shared memory");
   float score_scale = p.softmax_scale * kLog2e;
   int count;
   {
-    const QueryBlock block(p);
-    [[maybe_unused]] QueryTile<C> query;
-    if constexpr (C::kInt8) {
-      query.load(block.template query<Element>(p), p.q.stride_token, block.rows);
-    }
-    // All reads at once: entries past the count are read too and not used.
-    static_assert(C::kListed <= C::kThreads, "one entry a thread");
-    if (threadIdx.x < min(p.max_kv_blocks, C::kListed)) {
-      reinterpret_cast<uint16_t*>(smem + C::kList)[threadIdx.x] =
-          p.lut[static_cast<int64_t>(blockIdx.x) * p.max_kv_blocks + threadIdx.x];
-    }
-    if constexpr (C::kEarlyZ) {
-      if (p.branch != SLA2_BRANCH_SPARSE) load_z<C>(p, smem);
-    }
     const int listed = p.counts[blockIdx.x];
-    count = p.branch == SLA2_BRANCH_LINEAR ? 0 : listed;
-    // All blocks listed: no complement, alpha is 1.
-    const bool linear = p.branch == SLA2_BRANCH_LINEAR ||
-                        (p.branch == SLA2_BRANCH_BOTH && listed < p.shape.num_k_blocks);
-    if (threadIdx.x == 0) {
+    // A warp for each: what one does after another, 1000 cycles a read, is not hidden.
+    if (threadIdx.x < 32 && elect_one()) {
 #pragma unroll
       for (int i = 0; i < C::kStagesK; ++i) {
         mbarrier_init(base + C::kFullK + i * 8, C::kJoint ? 2 : 1);  // the scale's copy is one
@@ -106,29 +90,42 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
       }
       mbarrier_init(base + C::kFullQ, 1);
       fence_barrier_init();
-      producer.init(p, block.bh, count, linear);
+      producer.init(p);
+      producer.load_query(maps, smem);
     }
+    // Entries past the count are read too and not used.
+    constexpr int kListFirst = 32, kZFirst = kListFirst + C::kListed;
+    static_assert(kZFirst + kHeadDim / 4 <= C::kThreads, "a thread for each read");
+    const int item = threadIdx.x - kListFirst;
+    if (item >= 0 && item < min(p.max_kv_blocks, C::kListed)) {
+      reinterpret_cast<uint16_t*>(smem + C::kList)[item] =
+          p.lut[static_cast<int64_t>(blockIdx.x) * p.max_kv_blocks + item];
+    }
+    if (p.branch != SLA2_BRANCH_SPARSE && threadIdx.x >= kZFirst) {
+      load_z<C>(p, smem, threadIdx.x - kZFirst);
+    }
+    count = p.branch == SLA2_BRANCH_LINEAR ? 0 : listed;
+    // All blocks listed: no complement, alpha is 1.
+    const bool linear = p.branch == SLA2_BRANCH_LINEAR ||
+                        (p.branch == SLA2_BRANCH_BOTH && listed < p.shape.num_k_blocks);
+    if (threadIdx.x == 0) producer.set_entries(count, linear);
     __syncthreads();
-    if (threadIdx.x == 0) {
-      if constexpr (!C::kInt8) {
-        mbarrier_expect(base + C::kFullQ, C::kQueryBytes);
-#pragma unroll
-        for (int column = 0; column < kHeadDim / 64; ++column) {
-          tensor_load(base + column * kBlockQ * 128, &maps.q, column * 64, block.row0,
-                      producer.head, producer.batch, base + C::kFullQ);
-        }
+    // One warp an entry: thread 0 alone would hold up the others at the next barrier.
+    static_assert(C::kStagesK + C::kStagesV <= C::kWarps, "one entry a warp");
+    if (elect_one()) {
+      const int entry = threadIdx.x / 32;
+      if (entry < C::kStagesK) {
+        producer.load_key(p, maps, smem, entry);
+      } else if (entry < C::kStagesK + C::kStagesV) {
+        producer.load_value(p, maps, smem, entry - C::kStagesK);
       }
-#pragma unroll 1
-      for (int i = 0; i < C::kStagesK; ++i) producer.load_key(p, maps, smem, i);
-#pragma unroll 1
-      for (int i = 0; i < C::kStagesV; ++i) producer.load_value(p, maps, smem, i);
     }
+    __syncwarp();
+    mbarrier_wait(base + C::kFullQ, 0);
     if constexpr (C::kInt8) {
-      score_scale *= query.quantize(smem, reinterpret_cast<float*>(smem + C::kScratch));
+      score_scale *= quantize_query<C>(smem);
       fence_async_shared();
       __syncthreads();
-    } else {
-      mbarrier_wait(base + C::kFullQ, 0);
     }
   }
 
@@ -149,7 +146,8 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   if (count > 0) {
     // The warpgroup's rows of Q; a shuffle tells the compiler that warps agree.
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
-    const uint32_t q_tile = base + group * 64 * (C::kInt8 ? C::kQueryRowBytes : 128);
+    const uint32_t q_tile =
+        base + (C::kInt8 ? C::kQuery8 + group * 64 * C::kQueryRowBytes : group * 64 * 128);
     Score s[32];
     uint32_t weights[C::kRegistersP][4];
     float (&row_max)[2] = softmax.row_max[0];
@@ -183,13 +181,24 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
         block_scale = cut_scale(max_nan(score_scale * k_scale, 1e-37f));
       }
     };
-    // Thread 0 fills what the block before `entry` has left.
-    auto refill = [&](int entry) {
-      // A copy: what only thread 0 does with the number keeps it out of the uniform registers.
-      const int before = detached(entry) - 1;
-      if (threadIdx.x == 0 && before >= 0) {
-        producer.load_key(p, maps, smem, before + C::kStagesK);
-        producer.load_value(p, maps, smem, before + C::kStagesV);
+    // Fill again what an earlier block has left. The warps take turns: refills of one warp alone
+    // would hold up its warpgroup in every step.
+    auto on_duty = [&](int left) {
+      return left >= 0 && static_cast<int>(threadIdx.x) / 32 == left % C::kWarps;
+    };
+    auto refill_keys = [&](int entry) {
+      // A copy: what only one thread does with the number keeps it out of the uniform registers.
+      const int left = detached(entry) - C::kRefillLag;
+      if (on_duty(left)) {
+        if (elect_one()) producer.load_key(p, maps, smem, left + C::kStagesK);
+      }
+    };
+    auto refill_values = [&](int entry) {
+      if constexpr (!C::kJoint) {
+        const int left = detached(entry) - 1;
+        if (on_duty(left)) {
+          if (elect_one()) producer.load_value(p, maps, smem, left + C::kStagesV);
+        }
       }
     };
     pin(reinterpret_cast<float (&)[C::kTilesD * 4]>(acc[0]));
@@ -203,14 +212,10 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
 #pragma unroll 1
     for (int entry = 0; entry + 1 < count; ++entry) {
       if constexpr (!C::kJoint) release_key(entry);
-      float grown[2];
-      grow_max<C, false>(s, kBlockK, block_scale, row_max, grown);
       if (entry > 0) release_value(entry - 1);
-      rescale<C>(grown, row_max, row_sum, acc[0]);
+      update_max<C, false>(s, kBlockK, block_scale, row_max, row_sum, acc[0]);
       exponentiate<C, false>(s, kBlockK, block_scale, shift, row_max, row_sum, weights);
-      // 16-bit: two V tiles are all the ring holds, the next one must be on its way as early as can
-      // be.
-      if constexpr (!C::kJoint) refill(entry);
+      refill_values(entry);  // two V tiles are all the ring holds: as early as can be
       // These waits also end the basic block: ptxas would move exponentials behind the products.
       wait_key(entry + 1);
       wait_value(entry);
@@ -218,7 +223,7 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
       wgmma_fence();
       issue_values<C>(acc[0], weights, value_tile(entry));
       wgmma_commit();
-      if constexpr (C::kJoint) refill(entry);  // in the shadow of the product
+      refill_keys(entry);  // in the shadow of the product
       wgmma_wait<0>();
       wgmma_fence();
       issue_scores<C>(s, q_tile, key_tile(entry + 1));
@@ -227,24 +232,34 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     }
 
     // The last block: the only one that may be short, as lists ascend.
-    const int valid = min(kBlockK, p.shape.seqlen - listed_block<C>(p, smem, count - 1) * kBlockK);
-    float grown[2];
-    grow_max<C, true>(s, valid, block_scale, row_max, grown);
     if constexpr (!C::kJoint) release_key(count - 1);
+    const int valid = p.shape.seqlen - listed_block<C>(p, smem, count - 1) * kBlockK;
+    auto weigh_last = [&](auto masked) {
+      constexpr bool kMask = decltype(masked)::value;
+      update_max<C, kMask>(s, valid, block_scale, row_max, row_sum, acc[0]);
+      exponentiate<C, kMask>(s, valid, block_scale, shift, row_max, row_sum, weights);
+    };
     if (count > 1) release_value(count - 2);
-    rescale<C>(grown, row_max, row_sum, acc[0]);
-    exponentiate<C, true>(s, valid, block_scale, shift, row_max, row_sum, weights);
-    if (threadIdx.x == 0 && count > 1) producer.load_key(p, maps, smem, count - 2 + C::kStagesK);
+    if (valid < kBlockK) {
+      weigh_last(std::true_type{});
+    } else {
+      weigh_last(std::false_type{});
+    }
+    refill_keys(count - 1);
     wait_value(count - 1);
     wgmma_fence();
     issue_values<C>(acc[0], weights, value_tile(count - 1));
     wgmma_commit();
     wgmma_wait<0>();
   }
-  const QueryBlock block(p);
-  const int bh = block.bh, row0 = block.row0, rows = block.rows;
-  const bool linear = producer.linear(), needs_query = linear || (!C::kInt8 && p.lse != nullptr);
+
+  // Epilogue: every warp on its own
+  const int bh = producer.bh, block = producer.block;
+  const int row0 = block * kBlockQ, rows = min(kBlockQ, p.shape.seqlen - row0);
+  const bool linear = producer.linear();
   softmax.finish();
+  QueryRows<C> query;
+  if (linear || (!C::kInt8 && p.lse != nullptr)) query.load(smem);
 
   // O_s is acc / l times the channel scales of a quantised V; in this order values near the end of
   // float32's range do not overflow. It is made only where it is asked for, and on the fly: the
@@ -254,74 +269,75 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   if constexpr (C::kInt8) {
     if (count > 0) v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
   }
-  __syncthreads();  // every warp is through with its products
-  if constexpr (!C::kEarlyZ) {
-    if (linear) load_z<C>(p, smem);
-  }
-  char* staging = smem + threadIdx.x / 32 * C::kStagingBytes;
   if (p.out_sparse.data != nullptr) {
-    store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, staging, inverse_row_sum,
-                  v_scale);
+    const float row_factor[2] = {inverse_row_sum(0, 0), inverse_row_sum(0, 1)};
+    store_rows<C>(acc[0], smem, &maps.out_sparse, row0, producer.head, producer.batch,
+                  [&](int half, int d, int parity) {
+                    const float channel = v_scale != nullptr ? v_scale[8 * d + parity] : 1.f;
+                    return row_factor[half] * channel;
+                  });
+    bulk_store_wait_read();
   }
-  QueryFeatures<C> features;
-  if (needs_query) features.load(block.template query<Element>(p), p.q.stride_token, rows);
-  // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
-  float correction[C::kTilesM][2] = {};
-  if (needs_query)
-    features.scan(C::kInt8 ? nullptr : p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction);
   if (p.lse != nullptr) {
+    // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
+    float correction[C::kTilesM][2] = {};
+    if constexpr (!C::kInt8) {
+      query.dot(p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction[0]);
+    }
     store_lse<C>(p, bh, row0, rows, softmax, shift, correction);
   }
   BlendFactors<C> blend;
   blend.set_ones();
   if (linear) {
-    float denominator[C::kTilesM][2];
-    if constexpr (!C::kEarlyZ) __syncthreads();
-    features.exponentiate(reinterpret_cast<const float*>(smem + C::kZ), denominator);
-    blend.set(p, bh, block.block, row0, rows, softmax, denominator);
+    float alpha[C::kTilesM][2], denominator[C::kTilesM][2];
+    load_alpha<C>(p, bh, block, row0, rows, softmax, alpha);
+    query.exponentiate(smem + C::kZ, denominator[0]);
+    blend.set(alpha, denominator);
   }
   scale_rows<C>(
       acc, [&](int m, int half) { return inverse_row_sum(m, half) * blend.alpha_over_f[m][half]; });
   if (v_scale != nullptr) scale_channels<C>(acc, v_scale);
 
-  // Linear branch: acc += e H. Rolled, so that no more than one part's operands are alive.
+  // Linear branch: acc += e H
   if (linear) {
-#pragma unroll 1
+#pragma unroll
+    for (int part = 0; part < C::kPartsH; ++part) wait_key(count + part);
+    wgmma_fence();
+#pragma unroll
     for (int part = 0; part < C::kPartsH; ++part) {
-      wait_key(producer.count + part);
       const uint64_t h =
-          wgmma_descriptor(key_tile(producer.count + part), C::kRowsH * 128, 1024, Swizzle::k128);
-      wgmma_fence();
+          wgmma_descriptor(key_tile(count + part), C::kRowsH * 128, 1024, Swizzle::k128);
 #pragma unroll
-      for (int m = 0; m < C::kTilesM; ++m) {
-#pragma unroll
-        for (int step = 0; step < C::kRowsH / 16; ++step) {
-          uint32_t a[4];
-          features.operand(a, m, step / 2, step % 2);
-          Wgmma16<__nv_bfloat16, false, true>::mma(
-              reinterpret_cast<float (&)[C::kTilesD * 4]>(acc[m]), a, advance(h, 2048 * step), 1);
-        }
+      for (int step = 0; step < C::kRowsH / 16; ++step) {
+        uint32_t a[4];
+        query.operand(a, part * (C::kRowsH / 16) + step);
+        Wgmma16<__nv_bfloat16, false, true>::mma(
+            reinterpret_cast<float (&)[C::kTilesD * 4]>(acc[0]), a, advance(h, 2048 * step), 1);
       }
-      wgmma_commit();
-      wgmma_wait<0>();
-      features.template shift_groups<C::kRowsH / 32>();
     }
+    wgmma_commit();
+    wgmma_wait<0>();
   }
-  store_rows<C>(
-      acc, p.out, bh, p.shape.num_heads, row0, rows, staging,
-      [&](int m, int half) { return blend.f[m][half]; }, nullptr);
+  store_rows<C>(acc[0], smem, &maps.out, row0, producer.head, producer.batch,
+                [&](int half, int, int) { return blend.f[0][half]; });
+  bulk_store_wait_read();
 }
 
 template <typename Element, int kHeadDim, int kQuant>
 cudaError_t launch_attn_fwd_sm90(const AttnParams& p) {
   using C = AttnConfigSm90<Element, kHeadDim, kQuant>;
+  constexpr uint32_t kRowsPerWarp = kBlockQ / C::kWarps;
   AttnMaps maps = {};
   cudaError_t status = cudaSuccess;
   const auto check = [&](cudaError_t result) {
     if (status == cudaSuccess) status = result;
   };
+  check(encode_tokens(maps.q, p.q, p.shape, kHeadDim, kBlockQ));
+  check(encode_tokens(maps.out, p.out, p.shape, kHeadDim, kRowsPerWarp));
+  if (p.out_sparse.data != nullptr) {
+    check(encode_tokens(maps.out_sparse, p.out_sparse, p.shape, kHeadDim, kRowsPerWarp));
+  }
   if constexpr (!C::kInt8) {
-    check(encode_tokens(maps.q, p.q, p.shape, kHeadDim, kBlockQ));
     check(encode_tokens(maps.k, p.k, p.shape, kHeadDim, kBlockK));
     check(encode_tokens(maps.v, p.v, p.shape, kHeadDim, kBlockK));
   }

@@ -9,28 +9,9 @@
 
 namespace sla2 {
 
-// Maps of the 16-bit operands ("none") and of H.
+// Maps of q, of k and v ("none"), of H and of the outputs.
 struct AttnMaps {
-  CUtensorMap q, k, v, h;
-};
-
-// The CTA's query block. Made again from the block index after the main loop, where its fields
-// would only hold registers: the 128 of a thread are all spoken for.
-struct QueryBlock {
-  int block, bh, row0, rows;
-
-  __device__ __forceinline__ explicit QueryBlock(const AttnParams& p) {
-    int cta;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(cta));
-    block = cta % p.shape.num_q_blocks;
-    bh = cta / p.shape.num_q_blocks;
-    row0 = block * kBlockQ;
-    rows = min(kBlockQ, p.shape.seqlen - row0);
-  }
-  template <typename Element>
-  __device__ __forceinline__ const Element* query(const AttnParams& p) const {
-    return head_base<Element>(p.q, bh, p.shape.num_heads) + row0 * p.q.stride_token;
-  }
+  CUtensorMap q, k, v, h, out, out_sparse;
 };
 
 // x in a register that the compiler does not connect with x.
@@ -42,47 +23,69 @@ __device__ __forceinline__ int detached(int x) {
 // Key block of an entry of the CTA's list.
 template <class C>
 __device__ __forceinline__ int listed_block(const AttnParams& p, const char* smem, int entry) {
-  if (entry < C::kListed) return reinterpret_cast<const uint16_t*>(smem + C::kList)[entry];
+  if (C::kInt8 || entry < C::kListed) {
+    return reinterpret_cast<const uint16_t*>(smem + C::kList)[entry];
+  }
   return p.lut[static_cast<int64_t>(blockIdx.x) * p.max_kv_blocks + entry];
 }
 
-// Z of the query block to its place in shared memory, its parts added up to two.
+// Z of the query block, the sum of its parts, to shared memory as two rows of bf16, high and low;
+// item: which four of its D values.
 template <class C>
-__device__ __forceinline__ void load_z(const AttnParams& p, char* smem) {
+__device__ __forceinline__ void load_z(const AttnParams& p, char* smem, int item) {
   constexpr int kParts = z_parts(C::kInt8 ? SLA2_QUANT_INT8_FP8 : SLA2_QUANT_NONE);
-  constexpr int kReads = 2 * C::kHeadDim / 4;
-  if (threadIdx.x < kReads) {
-    const float4* parts = reinterpret_cast<const float4*>(p.z + static_cast<int64_t>(blockIdx.x) *
-                                                                    kParts * C::kHeadDim);
-    float4 sum = parts[threadIdx.x];
+  constexpr int kReads = C::kHeadDim / 4;
+  if (item >= kReads) return;
+  const float4* parts = reinterpret_cast<const float4*>(p.z + static_cast<int64_t>(blockIdx.x) *
+                                                                  kParts * C::kHeadDim);
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-    for (int i = 1; i < kParts / 2; ++i) {
-      const float4 more = parts[i * kReads + threadIdx.x];
-      sum = make_float4(sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w);
-    }
-    reinterpret_cast<float4*>(smem + C::kZ)[threadIdx.x] = sum;
+  for (int i = 0; i < kParts; ++i) {
+    const float4 part = parts[i * kReads + item];
+    sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
   }
+  using P = Pair<__nv_bfloat16>;
+  const uint2 high = make_uint2(P::from_floats(sum.x, sum.y), P::from_floats(sum.z, sum.w));
+  const float2 first = P::to_float2(high.x), second = P::to_float2(high.y);
+  uint2* rows = reinterpret_cast<uint2*>(smem + C::kZ);
+  rows[item] = high;
+  rows[kReads + item] = make_uint2(P::from_floats(sum.x - first.x, sum.y - first.y),
+                                   P::from_floats(sum.z - second.x, sum.w - second.y));
 }
 
-// Thread 0's part: copies the listed blocks, then H, into the rings. Entry e goes to slot e modulo
-// the ring's length once every warp has released entry e - length. Lives in shared memory, where it
-// costs the other threads no registers.
+// The CTA's query block, and the copies of its listed blocks, then of H, into the rings. Entry e
+// goes to slot e modulo the ring's length once every warp has released entry e - length. Lives in
+// shared memory, where it costs no registers but those of the thread at work.
 template <class C>
 struct Producer {
   const char* records;   // of the CTA's head
   const float* k_scale;  // [T_n], likewise
-  int head, batch;
+  int bh, head, batch, block;
   int count;    // listed blocks
   int entries;  // and parts of H
 
-  __device__ __forceinline__ void init(const AttnParams& p, int bh, int listed, bool linear) {
+  __device__ __forceinline__ void init(const AttnParams& p) {
+    bh = blockIdx.x / p.shape.num_q_blocks;
+    block = blockIdx.x % p.shape.num_q_blocks;
+    head = bh % p.shape.num_heads;
+    batch = bh / p.shape.num_heads;
     const int64_t record = static_cast<int64_t>(bh) * p.shape.num_k_blocks;
     records = static_cast<const char*>(p.records) + record * C::kStageBytesK;
     k_scale = p.k_scale + record;
-    head = bh % p.shape.num_heads;
-    batch = bh / p.shape.num_heads;
+  }
+  __device__ __forceinline__ void set_entries(int listed, bool linear) {
     count = listed;
     entries = listed + (linear ? C::kPartsH : 0);
+  }
+
+  __device__ __forceinline__ void load_query(const AttnMaps& maps, char* smem) const {
+    const uint32_t base = smem_address(smem), full = base + C::kFullQ;
+    mbarrier_expect(full, kBlockQ * C::kWideRowBytes);
+#pragma unroll
+    for (int panel = 0; panel < C::kHeadDim / 64; ++panel) {
+      tensor_load(base + panel * C::kPanelBytes, &maps.q, panel * 64, block * kBlockQ, head, batch,
+                  full, evict_first());
+    }
   }
 
   __device__ __forceinline__ bool linear() const { return entries > count; }
@@ -101,7 +104,8 @@ struct Producer {
 #pragma unroll
       for (int column = 0; column < C::kHeadDim / 64; ++column) {
         tensor_load(tile + column * C::kRowsH * 128, &maps.h, 0,
-                    column * C::kHeadDim + (entry - count) * C::kRowsH, blockIdx.x, full);
+                    column * C::kHeadDim + (entry - count) * C::kRowsH, blockIdx.x, full,
+                    evict_first());
       }
       if constexpr (C::kJoint) mbarrier_arrive(full);
       return;
@@ -141,43 +145,43 @@ struct Producer {
   }
 };
 
-// The query block to int8 with one scale, swizzled. Two steps, so that the reads are on their way
-// while the CTA prepares its rings.
+// The query block in shared memory to int8 with one scale; returns the scale. Tokens past the end
+// have come as zeros.
 template <class C>
-struct QueryTile {
+__device__ __forceinline__ float quantize_query(char* smem) {
   using Element = typename C::Element;
-  static constexpr int kLanesPerRow = C::kHeadDim / 8;
-  static constexpr int kRowsPerPass = C::kThreads / kLanesPerRow;
-  static constexpr int kPasses = kBlockQ / kRowsPerPass;
+  constexpr int kLanesPerRow = C::kHeadDim / 8;
+  constexpr int kRowsPerPass = C::kThreads / kLanesPerRow;  // a multiple of 8: one swizzle for all
+  constexpr int kPasses = kBlockQ / kRowsPerPass;
+  const int row = threadIdx.x / kLanesPerRow, chunk = threadIdx.x % kLanesPerRow;
+  const char* source = smem + chunk / 8 * C::kPanelBytes + swizzle<128>(row, chunk % 8);
   uint4 packed[kPasses];
-
-  __device__ __forceinline__ void load(const Element* q, int64_t stride_token, int rows) {
-    q += threadIdx.x % kLanesPerRow * 8;
+  // Magnitudes of both formats are ordered like integers, NaN above all.
+  uint32_t amax = 0;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      const int row = i * kRowsPerPass + threadIdx.x / kLanesPerRow;
-      packed[i] = row < rows ? __ldg(reinterpret_cast<const uint4*>(q + row * stride_token))
-                             : make_uint4(0, 0, 0, 0);
-    }
+  for (int i = 0; i < kPasses; ++i) {
+    packed[i] = *reinterpret_cast<const uint4*>(source + i * kRowsPerPass * 128);
+    constexpr uint32_t kNoSigns = 0x7fff7fffu;
+    amax = __vimax3_u16x2(amax, packed[i].x & kNoSigns, packed[i].y & kNoSigns);
+    amax = __vimax3_u16x2(amax, packed[i].z & kNoSigns, packed[i].w & kNoSigns);
   }
-  // Returns the scale. scratch: one float a warp.
-  __device__ __forceinline__ float quantize(char* tile, float* scratch) const {
-    float amax = 0.f;
+  amax = __reduce_max_sync(0xffffffffu, max(amax & 0xffffu, amax >> 16));
+  uint32_t* scratch = reinterpret_cast<uint32_t*>(smem + C::kScratch);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = amax;
+  __syncthreads();
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) amax = max_nan(amax, amax8<Element>(packed[i]));
-    amax = max_nan(block_max<C::kThreads>(amax, scratch), kQuantEps);
-    const float factor = __fdiv_rn(kInt8Max, amax);
-    const int row0 = threadIdx.x / kLanesPerRow, column = threadIdx.x % kLanesPerRow * 8;
+  for (int warp = 0; warp < C::kWarps; ++warp) amax = max(amax, scratch[warp]);
+  const float largest = max_nan(Pair<Element>::to_float2(amax).x, kQuantEps);
+  const float factor = __fdiv_rn(kInt8Max, largest);
+  char* target = smem + C::kQuery8 + swizzle<C::kQueryRowBytes>(row, chunk / 2) + chunk % 2 * 8;
 #pragma unroll
-    for (int i = 0; i < kPasses; ++i) {
-      float x[8];
-      unpack8<Element>(packed[i], x);
-      const int offset =
-          swizzle<C::kQueryRowBytes>(i * kRowsPerPass + row0, column / 16) + column % 16;
-      *reinterpret_cast<uint2*>(tile + offset) = pack_int8x8(x, factor);
-    }
-    return amax / kInt8Max;
+  for (int i = 0; i < kPasses; ++i) {
+    float x[8];
+    unpack8<Element>(packed[i], x);
+    *reinterpret_cast<uint2*>(target + i * kRowsPerPass * C::kQueryRowBytes) =
+        pack_int8x8(x, factor);
   }
-};
+  return largest / kInt8Max;
+}
 
 }  // namespace sla2

@@ -27,12 +27,15 @@ __device__ __forceinline__ typename C::Score masked_score(const typename C::Scor
   return s[i];
 }
 
-// The maxima of the lane's two rows over a tile and over the tiles before.
+// Takes a tile's scores into the row maxima. Only where one of them exceeds what the headroom
+// allows, in any lane of the warp, do lanes exchange their maxima and are sums and outputs
+// rescaled: most tiles cost a comparison.
 template <class C, bool kMask>
-__device__ __forceinline__ void grow_max(const typename C::Score (&s)[32], int valid,
-                                         float scale_log2, const float (&row_max)[2],
-                                         float (&grown)[2]) {
+__device__ __forceinline__ void update_max(const typename C::Score (&s)[32], int valid,
+                                           float scale_log2, float (&row_max)[2],
+                                           float (&row_sum)[2], float (&acc)[C::kTilesD][4]) {
   using Score = typename C::Score;
+  float block_max[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Score chains[2];
@@ -42,23 +45,17 @@ __device__ __forceinline__ void grow_max(const typename C::Score (&s)[32], int v
       const Score right = masked_score<C, kMask>(s, 4 * n + 2 * half + 1, valid);
       chains[n % 2] = n < 2 ? max(left, right) : max3(chains[n % 2], left, right);
     }
-    Score block_max = max(chains[0], chains[1]);
-    block_max = max(block_max, __shfl_xor_sync(0xffffffffu, block_max, 1));
-    block_max = max(block_max, __shfl_xor_sync(0xffffffffu, block_max, 2));
-    grown[half] = fmaxf(row_max[half], ceilf(static_cast<float>(block_max) * scale_log2));
+    block_max[half] = static_cast<float>(max(chains[0], chains[1])) * scale_log2;
   }
-}
-
-// Rescales sums and outputs when a maximum outgrew the headroom in any lane of the warp.
-template <class C>
-__device__ __forceinline__ void rescale(const float (&grown)[2], float (&row_max)[2],
-                                        float (&row_sum)[2], float (&acc)[C::kTilesD][4]) {
-  const bool grew = grown[0] > row_max[0] + kHeadroom || grown[1] > row_max[1] + kHeadroom;
+  const bool grew = block_max[0] > row_max[0] + kHeadroom || block_max[1] > row_max[1] + kHeadroom;
   if (!__any_sync(0xffffffffu, grew)) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float factor = exp2_approx(row_max[half] - grown[half]);
-    row_max[half] = grown[half];
+    block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(0xffffffffu, block_max[half], 1));
+    block_max[half] = fmaxf(block_max[half], __shfl_xor_sync(0xffffffffu, block_max[half], 2));
+    const float grown = fmaxf(row_max[half], ceilf(block_max[half]));
+    const float factor = exp2_approx(row_max[half] - grown);
+    row_max[half] = grown;
     row_sum[half] *= factor;
 #pragma unroll
     for (int d = 0; d < C::kTilesD; ++d) {

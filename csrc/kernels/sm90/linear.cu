@@ -55,8 +55,6 @@ cudaError_t launch(const LinearParams& p) {
   static_assert(sizeof(Smem) <= 232448, "227 KiB a CTA");
   LinearArgs args = {};
   args.p = p;
-  args.mask_pitch = mask_pitch(p.shape.num_q_blocks);
-  args.mask_head = int64_t{1} * mask_words(p.shape.num_k_blocks) * args.mask_pitch;
   cudaError_t status = Variant::encode(args);
   if (status == cudaSuccess) {
     status = encode_tokens(args.k, p.k, p.shape, Variant::kHeadDim, kBlockK);

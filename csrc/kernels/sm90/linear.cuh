@@ -4,9 +4,11 @@
 //   state       one key block of one head: K and V records, h_j and z_j
 //   complement  a tile of [H | Z] of one head, a product over all its key blocks
 // A complement task waits until its head's states are complete, a state task until the head
-// state_slots before its own, whose slot it takes, is consumed. Both wait for earlier tickets only,
+// state_slots after its own, whose slot it takes, is consumed. Both wait for earlier tickets only,
 // which running CTAs hold: any number of resident CTAs makes progress. No role may hold up a task
 // at work for one that is not ready yet.
+// Heads are worked on from the last to the first: L2 still has K and V of the last ones, which the
+// pooling kernel read at its end, and keeps what the attention kernel wants first.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,22 +36,28 @@ constexpr int kPanelBytes = kBlockK * kPanel * 2;  // of 64 tokens or 64 key blo
 
 struct LinearArgs {
   CUtensorMap k, v;
-  CUtensorMap state;
+  CUtensorMap state, mask;
   CUtensorMap h[2];  // e4m3: H of the first 64 query blocks of a tile, of the rest
   LinearParams p;
   // Query blocks in complement tiles: of a tile (e4m3), in units of 64 (bf16); tiles of a head.
   int tile_rows, row_blocks, row_tiles;
   int head_tiles, head_reads;  // complement tiles of a head, counts of tiles_done that end it
-  int mask_pitch;
-  int64_t mask_head;  // words of one head
 };
 
 // counters: state tickets, complement tickets, then a pair for each head.
+__device__ __forceinline__ int take_ticket(int* counter) {
+  int ticket;
+  asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;"
+               : "=r"(ticket)
+               : "l"(counter)
+               : "memory");
+  return ticket;
+}
 __device__ __forceinline__ int take_state_ticket(const LinearArgs& args) {
-  return atomicAdd(args.p.counters, 1);
+  return take_ticket(args.p.counters);
 }
 __device__ __forceinline__ int take_tile_ticket(const LinearArgs& args) {
-  return atomicAdd(args.p.counters + 1, 1);
+  return take_ticket(args.p.counters + 1);
 }
 __device__ __forceinline__ int* states_ready(const LinearArgs& args, int bh) {
   return args.p.counters + 2 + 2 * bh;
@@ -67,11 +75,18 @@ __device__ __forceinline__ int read_counter(const int* counter) {
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-// Polls without acquire, which would empty L1 each time.
+// Polls without acquire, which would empty L1 each time. What was counted may have been written and
+// may be read by the copy engine.
 __device__ __forceinline__ void wait_counter(const int* counter, int target) {
   while (read_counter(counter) < target) {
   }
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  fence_async();
+}
+
+// The head that is the `turn`-th to be worked on.
+__device__ __forceinline__ int head_at(const LinearArgs& args, int turn) {
+  return args.p.shape.num_bh - 1 - turn;
 }
 
 // The value of lane 0: the compiler keeps what follows from it, descriptors, in uniform registers.
@@ -97,6 +112,7 @@ struct RingCursor {
 struct StateTask {
   int bh;  // negative: no more tasks
   int block;
+  int slot;  // in the ring of heads
 };
 
 // Shared memory of the state stream.

@@ -30,7 +30,7 @@ __device__ __forceinline__ Bf16Tile bf16_tile(const LinearArgs& args, int head_d
   const int columns = state_elements(head_dim) / kTileColumns;
   const int row_tile = ticket % args.row_tiles, column_tile = ticket / args.row_tiles;
   Bf16Tile tile;
-  tile.bh = column_tile / columns;
+  tile.bh = head_at(args, column_tile / columns);
   tile.column0 = column_tile % columns * kTileColumns;
   tile.first_block = row_tile * kTileBlocks;
   tile.blocks = min(kTileBlocks, args.row_blocks - tile.first_block);
@@ -81,9 +81,8 @@ struct Bf16StateWorker : StateWorker<Variant> {
   }
 
   __device__ __forceinline__ uint16_t* state() const {
-    const int64_t slot = task.bh % args.p.state_slots;
-    return static_cast<uint16_t*>(args.p.state) +
-           (slot * args.p.shape.num_k_blocks + task.block) * state_elements(kHeadDim);
+    const int64_t index = int64_t{1} * task.slot * args.p.shape.num_k_blocks + task.block;
+    return static_cast<uint16_t*>(args.p.state) + index * state_elements(kHeadDim);
   }
 
   // h = phi^T V and z = phi^T 1, 64 features by 64 channels at a time.
@@ -124,8 +123,8 @@ struct Bf16StateWorker : StateWorker<Variant> {
   }
 };
 
-// One warp: takes tickets, waits for the head's states, loads 64 key blocks of them and their mask
-// words a stage. Its first lane does the work; the rest keep the warp's values uniform.
+// One thread: takes tickets, waits for the head's states, loads 64 key blocks of them and their
+// mask words a stage.
 template <class Variant>
 __device__ __forceinline__ void load_bf16_tiles(const LinearArgs& args,
                                                 typename Variant::Smem& smem) {
@@ -133,42 +132,32 @@ __device__ __forceinline__ void load_bf16_tiles(const LinearArgs& args,
   constexpr int kHeadDim = Variant::kHeadDim;
   const Shape& shape = args.p.shape;
   const int tickets = shape.num_bh * args.head_tiles;
-  const bool leader = threadIdx.x % 32 == 0;
   RingCursor<Smem::kTileStages> ring;
   int ready_bh = -1;
-  for (;;) {
-    const int ticket = uniform(leader ? take_tile_ticket(args) : 0);
-    if (ticket >= tickets) break;
+  for (int ticket = take_tile_ticket(args); ticket < tickets;) {
+    const int next_ticket = take_tile_ticket(args);  // on its way while this one's steps are loaded
     const Bf16Tile tile = bf16_tile(args, kHeadDim, ticket);
     if (tile.bh != ready_bh) {
       wait_counter(states_ready(args, tile.bh), shape.num_k_blocks);
-      fence_async();  // ordinary stores there, tensor copies here
       ready_bh = tile.bh;
     }
-    const uint32_t* mask = args.p.mask + tile.bh * args.mask_head + tile.first_block * kRowBlock;
-    const int slot = tile.bh % args.p.state_slots, mask_bytes = tile.blocks * kRowBlock * 4;
+    const int slot = tile.bh % args.p.state_slots, row0 = tile.first_block * kRowBlock;
 #pragma unroll 1
     for (int block = 0; block < shape.num_k_blocks; block += kBlockK) {
       auto& stage = smem.tile[ring.stage];
       const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
-      if (leader) {
-        mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-        if (block == 0) smem.tile_ticket[ring.stage] = ticket;
-        mbarrier_expect(full, kPanelBytes + kStepWords * mask_bytes);
-        tensor_load(smem_address(stage.state), &args.state, tile.column0, block, slot, full);
-        bulk_load(smem_address(stage.mask[0]), mask, mask_bytes, full);
-        bulk_load(smem_address(stage.mask[1]), mask + args.mask_pitch, mask_bytes, full);
-      }
-      __syncwarp();
-      mask += kStepWords * args.mask_pitch;
+      mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+      smem.tile_ticket[ring.stage] = ticket;
+      mbarrier_expect(full, sizeof(stage));
+      tensor_load(smem_address(stage.state), &args.state, tile.column0, block, slot, full);
+      tensor_load(smem_address(stage.mask), &args.mask, row0, block / 32, tile.bh, full);
       ring.advance();
     }
+    ticket = next_ticket;
   }
-  if (leader) {
-    mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-    smem.tile_ticket[ring.stage] = -1;
-    mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
-  }
+  mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+  smem.tile_ticket[ring.stage] = -1;
+  mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
 }
 
 // One warpgroup of the complement stream.
@@ -358,7 +347,7 @@ struct LinearBf16 {
       uint32_t mask[kStepWords][kTileBlocks * kRowBlock];
     };
     alignas(1024) TileStage tile[kTileStages];
-    int tile_ticket[kTileStages];  // negative: no more tiles; at the first step of a tile
+    int tile_ticket[kTileStages];  // negative: no more tiles
     alignas(8) uint64_t tile_full[kTileStages];
     uint64_t tile_empty[kTileStages];
 
@@ -376,9 +365,10 @@ struct LinearBf16 {
   static __device__ __forceinline__ void copies(const LinearArgs& args, Smem& smem, int warp) {
     switch (warp) {
       case 0:
-        return load_bf16_tiles<LinearBf16>(args, smem);
+        if (elect_one()) load_bf16_tiles<LinearBf16>(args, smem);
+        return;
       case 1:
-        if (threadIdx.x % 32 == 0) StateServer<LinearBf16>(args, smem).run();
+        if (elect_one()) StateServer<LinearBf16>(args, smem).run();
         return;
     }
   }
@@ -393,8 +383,11 @@ struct LinearBf16 {
     args.head_reads = args.head_tiles;
     constexpr uint64_t kColumns = state_elements(kHeadDim);
     const uint64_t blocks = p.shape.num_k_blocks, slots = p.state_slots;
-    return encode_tensor_map<3>(args.state, p.state, {kColumns, blocks, slots},
-                                {kColumns * 2, blocks * kColumns * 2}, {kPanel, kBlockK, 1});
+    const cudaError_t status =
+        encode_tensor_map<3>(args.state, p.state, {kColumns, blocks, slots},
+                             {kColumns * 2, blocks * kColumns * 2}, {kPanel, kBlockK, 1});
+    if (status != cudaSuccess) return status;
+    return encode_mask(args.mask, p, kTileBlocks * kRowBlock);
   }
 };
 

@@ -13,73 +13,62 @@ namespace sla2 {
 constexpr int kTileQueries = 128;
 constexpr int kStepBlocks = 64;  // key blocks of a step
 constexpr int kMaskWarps = 2;    // a step each
-struct E4m3Tile {
-  int bh, line, row0;  // row0: first query block
+struct alignas(16) E4m3Tile {
+  int bh, line, row0;  // bh negative: no more tiles; row0: first query block
 };
 // Row tiles vary fastest: the CTAs that share columns of the states run together.
 template <int kHeadDim>
 __device__ __forceinline__ E4m3Tile e4m3_tile(const LinearArgs& args, int ticket) {
   constexpr int kLines = E4m3State<kHeadDim>::kSegments / 2;
   const int row_tile = ticket % args.row_tiles, line = ticket / args.row_tiles;
-  return {line / kLines, line % kLines, row_tile * args.tile_rows};
+  return {head_at(args, line / kLines), line % kLines, row_tile * args.tile_rows};
 }
 // Steps of a tile, in pairs; what lies beyond T_n is zero.
 __device__ __forceinline__ int e4m3_steps(const LinearArgs& args) {
   return (args.p.shape.num_k_blocks + 2 * kStepBlocks - 1) / (2 * kStepBlocks) * 2;
 }
 
-// One warp: takes tickets, waits for the head's states, loads one step of them and of the mask's
-// words a stage. Its first lane does the work; the rest keep the warp's values uniform.
+// One thread: takes tickets, waits for the head's states, loads one step of them and of the mask's
+// words a stage. A step of the products takes some 500 cycles, and this one's instructions follow
+// one another at five or more: what can be is done once a tile.
 template <class Variant>
 __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
                                                 typename Variant::Smem& smem) {
   using Smem = typename Variant::Smem;
   const Shape& shape = args.p.shape;
   const int tickets = args.p.state == nullptr ? 0 : shape.num_bh * args.head_tiles;
-  const int words = mask_words(shape.num_k_blocks), mask_bytes = args.tile_rows * 4;
-  const int steps = e4m3_steps(args);
-  const bool leader = threadIdx.x % 32 == 0;
+  const int step_bytes = Smem::kTileBytes + 2 * 4 * args.tile_rows;
+  const int blocks = e4m3_steps(args) * kStepBlocks;
   RingCursor<Smem::kTileStages> ring;
   int ready_bh = -1;
-  for (;;) {
-    const int ticket = uniform(leader ? take_tile_ticket(args) : 0);
-    if (ticket >= tickets) break;
+  for (int ticket = take_tile_ticket(args); ticket < tickets;) {
+    const int next_ticket = take_tile_ticket(args);  // on its way while this one's steps are loaded
     const E4m3Tile tile = e4m3_tile<Variant::kHeadDim>(args, ticket);
     if (tile.bh != ready_bh) {
       wait_counter(states_ready(args, tile.bh), shape.num_k_blocks);
-      fence_async();  // copies there and here
       ready_bh = tile.bh;
     }
-    const uint32_t* mask = args.p.mask + tile.bh * args.mask_head + tile.row0;
     const int slot = tile.bh % args.p.state_slots;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      if (leader) {
-        const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
-        mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-        if (step < kMaskWarps) smem.tile_ticket[ring.stage] = ticket;
-        mbarrier_expect(full, Smem::kTileBytes + 2 * mask_bytes);
-        tensor_load(smem_address(smem.tile[ring.stage]), &args.state, tile.line * 128,
-                    step * kStepBlocks, slot, full);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int word = min(2 * step, words - 2) + i;
-          bulk_load(smem_address(smem.words[ring.stage][i]), mask + word * args.mask_pitch,
-                    mask_bytes, full);
-        }
-      }
-      __syncwarp();
-      ring.advance();
-    }
-  }
-  if (leader) {
-#pragma unroll 1
-    for (int i = 0; i < kMaskWarps; ++i) {
+    for (int block = 0; block < blocks; block += kStepBlocks) {
+      const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
       mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-      smem.tile_ticket[ring.stage] = -1;
-      mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
+      smem.tile_of[ring.stage] = tile;
+      mbarrier_expect(full, step_bytes);
+      tensor_load(smem_address(smem.tile[ring.stage]), &args.state, tile.line * 128, block, slot,
+                  full);
+      tensor_load(smem_address(smem.words[ring.stage]), &args.mask, tile.row0, block / 32, tile.bh,
+                  full);
       ring.advance();
     }
+    ticket = next_ticket;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kMaskWarps; ++i) {
+    mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+    smem.tile_of[ring.stage].bh = -1;
+    mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
+    ring.advance();
   }
 }
 
@@ -97,8 +86,8 @@ __device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Va
   mask.advance(first);
   for (;;) {
     mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-    const int ticket = smem.tile_ticket[ring.stage];
-    if (ticket < 0) return;
+    const int bh = smem.tile_of[ring.stage].bh;
+    if (bh < 0) return;
 #pragma unroll 1
     for (int step = first; step < steps; step += kMaskWarps) {
       mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
@@ -106,7 +95,9 @@ __device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Va
 #pragma unroll
       for (int r = 0; r < kTileQueries / 32; ++r) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) bits[r][i] = smem.words[ring.stage][i][32 * r + lane];
+        for (int i = 0; i < 2; ++i) {
+          bits[r][i] = smem.words[ring.stage][i * args.tile_rows + 32 * r + lane];
+        }
       }
       mbarrier_wait(smem_address(&smem.mask_empty[mask.stage]), mask.parity ^ 1);
 #pragma unroll
@@ -137,9 +128,7 @@ __device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Va
       mask.advance(kMaskWarps);
     }
     // This warp has seen its loads of the tile arrive: these states are read.
-    if (lane == 0) {
-      release_increment(tiles_done(args, e4m3_tile<Variant::kHeadDim>(args, ticket).bh));
-    }
+    if (lane == 0) release_increment(tiles_done(args, bh));
   }
 }
 
@@ -220,22 +209,30 @@ struct E4m3ComplementWorker {
     if (!first) release_mask();
   }
 
+  // Of the two columns of a segment that this lane has.
+  __device__ __forceinline__ int first_column() const {
+    return 16 * warp + lane / 8 * 2 + lane / 4 % 2 * 8;
+  }
+  // V's scale for them; for parts of Z any.
+  __device__ __forceinline__ float2 load_v_scale(const E4m3Tile& tile) const {
+    const int panel = (2 * tile.line + group) / kHeadDim;
+    return *reinterpret_cast<const float2*>(args.p.v_scale + int64_t{1} * tile.bh * 2 * kHeadDim +
+                                            panel * kPanel + first_column());
+  }
+
   // H of 2 kCount query blocks from row0 on, by way of shared memory: whole lines to memory.
   template <int kCount>
   __device__ __forceinline__ void store_h(const float (&acc)[kCount], const E4m3Tile& tile,
-                                          int part) const {
+                                          int part, float2 v_scale) const {
     const int segment = 2 * tile.line + group;
     const int panel = segment / kHeadDim, feature = segment % kHeadDim;
-    const int column = 16 * warp + lane / 8 * 2 + lane / 4 % 2 * 8;
-    const float* v_scale =
-        args.p.v_scale + static_cast<int64_t>(tile.bh) * 2 * kHeadDim + panel * kPanel + column;
-    const float scale[2] = {0.5f * State::kUnit * v_scale[0], 0.5f * State::kUnit * v_scale[1]};
+    const float scale[2] = {0.5f * State::kUnit * v_scale.x, 0.5f * State::kUnit * v_scale.y};
     const bool leader = threadIdx.x % kWarpgroup == 0;
     if (leader) bulk_store_wait_read();  // of the store before
     sync();
     const uint32_t out = smem_address(smem.out[group]);
     // Row 8 i + 2 t + e, column / 8 as its chunk.
-    const int row = lane % 4 * 2;
+    const int row = lane % 4 * 2, column = first_column();
     uint32_t address = out + row * 128 + ((column / 8 ^ row) << 4) + column % 8 * 2;
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
@@ -249,7 +246,7 @@ struct E4m3ComplementWorker {
     sync();
     if (leader) {
       tensor_store(&args.h[part], out, 0, panel * kHeadDim + h_row(feature), tile.row0 + part * 64,
-                   tile.bh);
+                   tile.bh, evict_first());
       bulk_store_commit();
     }
   }
@@ -260,14 +257,13 @@ struct E4m3ComplementWorker {
                                           int row0) const {
     const int index = 2 * tile.line + group - State::kFirstPart;
     const int part = index / State::kPanels, panel = index % State::kPanels;
-    const int column = 16 * warp + lane / 8 * 2 + lane / 4 % 2 * 8;
     // z was multiplied by 4, its parts by 16 to the number of the part.
     const float scale = 0.125f / static_cast<float>(1 << (4 * part));
     const int rows = min(tile.row0 + args.tile_rows, args.p.shape.num_q_blocks);
     float* z =
         args.p.z +
         (int64_t{1} * tile.bh * args.p.shape.num_q_blocks * State::kParts + part) * kHeadDim +
-        panel * kPanel + column;
+        panel * kPanel + first_column();
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) {
 #pragma unroll
@@ -287,9 +283,9 @@ struct E4m3ComplementWorker {
     const int steps = e4m3_steps(args);
     for (;;) {
       mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-      const int ticket = uniform(smem.tile_ticket[ring.stage]);
-      if (ticket < 0) break;
-      const E4m3Tile tile = e4m3_tile<kHeadDim>(args, ticket);
+      const E4m3Tile& next = smem.tile_of[ring.stage];
+      const E4m3Tile tile = {uniform(next.bh), uniform(next.line), uniform(next.row0)};
+      if (tile.bh < 0) break;
       float low[32], high[kHigh];
       Fragments even, odd;
 #pragma unroll 1
@@ -297,13 +293,14 @@ struct E4m3ComplementWorker {
         step(low, high, even, tile.line, i == 0);
         step(low, high, odd, tile.line, false);
       }
+      const float2 v_scale = load_v_scale(tile);  // on its way while the last products run
       wgmma_wait<0>();
       release_mask();
       pin(low);
       pin(high);
       if (2 * tile.line < State::kFirstPart) {
-        store_h(low, tile, 0);
-        if constexpr (kHigh > 1) store_h(high, tile, 1);
+        store_h(low, tile, 0, v_scale);
+        if constexpr (kHigh > 1) store_h(high, tile, 1, v_scale);
       } else {
         store_z(low, tile, tile.row0);
         if constexpr (kHigh > 1) store_z(high, tile, tile.row0 + 64);
@@ -342,11 +339,11 @@ struct LinearE4m3 {
     alignas(1024) char mask[kMaskBuffers][kTileQueries * 64];
     alignas(1024) char out[kComplementGroups][64 * 128];
     alignas(1024) char tile[kTileStages][kTileBytes];
-    alignas(128) uint32_t words[kTileStages][2][kTileQueries];
+    alignas(128) uint32_t words[kTileStages][2 * kTileQueries];  // [2][tile_rows]
     float v_inverse[kStages][kHeadDim];
     Element k_range[kStages][2][kHeadDim];
     float k_amax[kStages][kWarpgroup / 32];
-    int tile_ticket[kTileStages];  // negative: no more tiles; at the first step of a tile
+    E4m3Tile tile_of[kTileStages];
     alignas(8) uint64_t tile_full[kTileStages];
     uint64_t tile_empty[kTileStages], mask_full[kMaskBuffers], mask_empty[kMaskBuffers];
 
@@ -368,9 +365,10 @@ struct LinearE4m3 {
   static __device__ __forceinline__ void copies(const LinearArgs& args, Smem& smem, int warp) {
     switch (warp) {
       case 0:
-        return load_e4m3_tiles<LinearE4m3>(args, smem);
+        if (elect_one()) load_e4m3_tiles<LinearE4m3>(args, smem);
+        return;
       case 1:
-        if (threadIdx.x % 32 == 0) StateServer<LinearE4m3>(args, smem).run();
+        if (elect_one()) StateServer<LinearE4m3>(args, smem).run();
         return;
       default:
         return expand_masks<LinearE4m3>(args, smem, warp - 2);
@@ -380,13 +378,11 @@ struct LinearE4m3 {
   static __device__ __forceinline__ void store_state(const LinearArgs& args, Smem& smem, int stage,
                                                      StateTask task) {
     using State = E4m3State<kHeadDim>;
-    const int64_t slot = task.bh % args.p.state_slots;
-    char* state = static_cast<char*>(args.p.state) +
-                  (slot * args.p.shape.num_k_blocks + task.block) * State::kBytes;
+    const int64_t index = int64_t{1} * task.slot * args.p.shape.num_k_blocks + task.block;
+    char* state = static_cast<char*>(args.p.state) + index * State::kBytes;
     bulk_store(state, smem_address(smem.state[stage].value), State::kBytesH);
     bulk_store(state + State::kBytesH, smem_address(smem.k_mean[stage]), State::kBytesZ);
     bulk_store_commit();
-    bulk_store_wait();
   }
 
   static cudaError_t encode(LinearArgs& args) {
@@ -402,6 +398,9 @@ struct LinearE4m3 {
     cudaError_t status = encode_tensor_map<3>(args.state, p.state, {State::kBytes, blocks, slots},
                                               {State::kBytes, blocks * State::kBytes},
                                               {State::kLine, kStepBlocks, 1}, 1);
+    if (status == cudaSuccess) {
+      status = encode_mask(args.mask, p, static_cast<uint32_t>(args.tile_rows));
+    }
     constexpr uint64_t kLines = kHeadDim / kPanel * kHeadDim, kBytes = kLines * kPanel * 2;
     for (int part = 0; part < 2 && status == cudaSuccess; ++part) {
       const int rows = part == 0 ? 64 : args.tile_rows - 64;

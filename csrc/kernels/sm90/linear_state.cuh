@@ -20,76 +20,91 @@ struct StateServer {
   const LinearArgs& args;
   Smem& smem;
   RingCursor<Smem::kStateStages> loading, publishing;
-  int taken = 0;     // stages with tasks
-  int free_bh = -1;  // its slot is known to be free
+  int taken = 0;                               // stages with tasks
+  int bh = -1, head = 0, batch = 0, slot = 0;  // being loaded
 
   __device__ __forceinline__ StateServer(const LinearArgs& args, Smem& smem)
       : args(args), smem(smem) {}
 
-  __device__ __forceinline__ bool slot_free(int bh) {
-    if (bh != free_bh && bh >= args.p.state_slots && args.p.state != nullptr) {
-      const int* reads = tiles_done(args, bh - args.p.state_slots);
-      if (read_counter(reads) < args.head_reads) return false;
-      wait_counter(reads, args.head_reads);  // for its fence
+  // Turns to head `next` once its slot is free.
+  __device__ __forceinline__ bool enter(int next) {
+    if (next == bh) return true;
+    if (args.p.state != nullptr) {
+      if (next + args.p.state_slots < args.p.shape.num_bh) {
+        const int* reads = tiles_done(args, next + args.p.state_slots);
+        if (read_counter(reads) < args.head_reads) return false;
+        wait_counter(reads, args.head_reads);  // for its fences
+      }
+      slot = next % args.p.state_slots;
     }
-    free_bh = bh;
+    bh = next;
+    head = bh % args.p.shape.num_heads;
+    batch = bh / args.p.shape.num_heads;
     return true;
   }
 
-  __device__ __forceinline__ void load(int bh, int block) {
+  __device__ __forceinline__ void load(int block) {
     constexpr int kRowBytes = kHeadDim * 4, kRangeBytes = 2 * kHeadDim * 2;
     constexpr bool kQuantised = Variant::kQuant != SLA2_QUANT_NONE;
     constexpr int kBytes =
         2 * Smem::kPanels * kPanelBytes + kRowBytes + (kQuantised ? kRowBytes + kRangeBytes : 0);
-    const Shape& shape = args.p.shape;
-    const int head = bh % shape.num_heads, batch = bh / shape.num_heads, i = loading.stage;
+    const int i = loading.stage;
     const int64_t row = int64_t{1} * bh * kHeadDim;
     const uint32_t full = smem_address(&smem.state_full[i]);
     auto& stage = smem.state[i];
-    smem.state_task[i] = {bh, block};
+    smem.state_task[i] = {bh, block, slot};
     mbarrier_expect(full, kBytes);
 #pragma unroll
     for (int panel = 0; panel < Smem::kPanels; ++panel) {
+      // Nobody reads them here again: they should not push states out of L2.
       tensor_load(smem_address(stage.key[panel]), &args.k, panel * kPanel, block * kBlockK, head,
-                  batch, full);
+                  batch, full, evict_first());
       tensor_load(smem_address(stage.value[panel]), &args.v, panel * kPanel, block * kBlockK, head,
-                  batch, full);
+                  batch, full, evict_first());
     }
     bulk_load(smem_address(smem.k_mean[i]), args.p.k_mean + row, kRowBytes, full);
     if constexpr (kQuantised) {
       bulk_load(smem_address(smem.v_inverse[i]), args.p.v_scale + 2 * row + kHeadDim, kRowBytes,
                 full);
-      const int64_t index = int64_t{1} * bh * shape.num_k_blocks + block;
+      const int64_t index = int64_t{1} * bh * args.p.shape.num_k_blocks + block;
       bulk_load(smem_address(smem.k_range[i]),
                 static_cast<const Element*>(args.p.k_range) + index * 2 * kHeadDim, kRangeBytes,
                 full);
     }
+    loading.advance();
+    ++taken;
   }
 
-  __device__ __forceinline__ void publish() {
-    const StateTask task = smem.state_task[publishing.stage];
-    if (args.p.state != nullptr) {
-      Variant::store_state(args, smem, publishing.stage, task);
-      fence_async();  // stores here, tensor copies there
-      release_increment(states_ready(args, task.bh));
+  // Sends off the oldest state, if the workers have made it, and takes its stage back as soon as
+  // that is read. The head it belongs to, or -1.
+  __device__ __forceinline__ int store() {
+    const int i = publishing.stage;
+    if (taken == 0 || !mbarrier_test(smem_address(&smem.state_made[i]), publishing.parity)) {
+      return -1;
     }
+    const StateTask task = smem.state_task[i];
+    if (args.p.state != nullptr) Variant::store_state(args, smem, i, task);
+    bulk_store_wait_read();
     publishing.advance();
     --taken;
+    return args.p.state != nullptr ? task.bh : -1;
   }
 
+  // A stage whose state leaves is loaded again first: the copy and the release that publish the
+  // state take 2000 cycles, which the load would otherwise wait for.
   __device__ __forceinline__ void run() {
     const int blocks = args.p.shape.num_k_blocks, tickets = args.p.shape.num_bh * blocks;
-    int ticket = take_state_ticket(args);
+    int ticket = take_state_ticket(args), next_ticket = take_state_ticket(args);
     while (ticket < tickets || taken > 0) {
-      if (taken > 0 &&
-          mbarrier_test(smem_address(&smem.state_made[publishing.stage]), publishing.parity)) {
-        publish();
+      const int stored_bh = store();
+      if (ticket < tickets && taken < Smem::kStateStages && enter(head_at(args, ticket / blocks))) {
+        load(ticket % blocks);
+        ticket = next_ticket;
+        next_ticket = take_state_ticket(args);  // 600 cycles, until after the next load
       }
-      if (ticket < tickets && taken < Smem::kStateStages && slot_free(ticket / blocks)) {
-        load(ticket / blocks, ticket % blocks);
-        loading.advance();
-        ++taken;
-        ticket = take_state_ticket(args);
+      if (stored_bh >= 0) {
+        bulk_store_wait();
+        release_increment(states_ready(args, stored_bh));
       }
     }
     for (int i = 0; i < kStateGroups; ++i) {  // all stages are free: one end for each warpgroup
@@ -297,9 +312,15 @@ struct StateWorker {
 
   // The next task of this warpgroup, false at the end; its records and phi are made.
   __device__ __forceinline__ bool next_phi() {
-    mbarrier_wait(smem_address(&smem.state_full[ring.stage]), ring.parity);
+    const uint32_t full = smem_address(&smem.state_full[ring.stage]);
+    if constexpr (Smem::kStateStages % kStateGroups != 0) {
+      // The other warpgroup had the stage before. Should its load still be under way, the wait
+      // below would see the parity of the load before that and pass at once.
+      mbarrier_wait(full, ring.parity ^ 1);
+    }
+    mbarrier_wait(full, ring.parity);
     const StateTask& next = smem.state_task[ring.stage];
-    task = {uniform(next.bh), uniform(next.block)};
+    task = {uniform(next.bh), uniform(next.block), uniform(next.slot)};
     if (task.bh < 0) return false;
     Stage& stage = smem.state[ring.stage];
     keys(stage);
