@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .calibrate import calibrate_alpha
+from .fit import fit_router
 from .recorder import QKVRecorder
 from .samples import Sample, read_samples
 
-__all__ = ["QKVRecorder", "Sample", "read_samples"]
+__all__ = ["QKVRecorder", "Sample", "calibrate_alpha", "fit_router", "read_samples"]

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -77,7 +78,7 @@ def read_samples(folder: str | os.PathLike[str], layer: str | None = None) -> It
         layers = ", ".join(dict.fromkeys(file.layer for file in files))
         raise ValueError(f"the folder {folder} holds no samples of layer {layer!r}, only: {layers}")
     # The folder is checked by the call itself, not by the first next().
-    return (_read_sample(file) for file in chosen)
+    return (read_sample(file) for file in chosen)
 
 
 def list_files(folder: str | os.PathLike[str]) -> list[SampleFile]:
@@ -143,7 +144,18 @@ def read_priority(file: SampleFile) -> float:
         return float(metadata["priority"])
 
 
-def _read_sample(file: SampleFile) -> Sample:
+def read_form(file: SampleFile) -> tuple[torch.dtype, tuple[int, ...]]:
+    """dtype and shape (B, N, H, D) of q in `file`, from its header; raises as `read_sample`."""
+    with _open_checked(file) as (content, metadata):
+        dtype = getattr(torch, metadata["dtype"], None)
+        shape = tuple(content.get_slice("q").get_shape())
+        if not isinstance(dtype, torch.dtype) or len(shape) != 4:
+            raise ValueError(f"q is {metadata['dtype']} {shape}; expected (B, N, H, D)")
+        return dtype, shape
+
+
+def read_sample(file: SampleFile) -> Sample:
+    """Raises ValueError naming the file where it is damaged or no sample."""
     with _open_checked(file) as (content, metadata):
         timestep = json.loads(metadata["timestep"])
         q, k, v = (content.get_tensor(name) for name in _NAMES)

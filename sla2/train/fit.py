@@ -1,0 +1,376 @@
+"""Stage 1: the router and alpha of every layer, fitted to full attention on recorded samples.
+
+Source: "SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 2602.12675, stage 1 of
+its training: minimise MSE(full attention, SLA2 under SoftTop-k, eq. 14-15), without quantisation.
+The optimiser and its rate are choices of this package; the paper names none for this stage.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import load_router, save_router
+from ..checks import check_flag
+from ..env import why_not
+from ..module import SLA2Attention
+from ..optim import param_groups
+from .calibrate import set_mean_alpha
+from .fit_data import Problem, ProblemLoader, RecordedLayer, draw_batch, scan_layers
+from .fit_folder import FitFolder, Run
+from .fit_log import FitLog, Row
+
+# The gradient of alpha is of one query block in a mean over all: near 1e-8 at 75600 tokens and 40
+# heads, where AdamW's usual 1e-8 would stop it from moving.
+_ADAM_EPS = 1e-15
+
+
+def fit_router(
+    samples: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    topk: Sequence[float] = (0.05, 0.04, 0.03),
+    steps: int = 500,
+    lr: float = 1e-3,
+    batch: int = 1,
+    layers: Iterable[str] | None = None,
+    layer_options: Mapping[str, Any] | None = None,
+    calibrate: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    cache_bytes: int = 8 << 30,
+    checkpoint_every: int = 50,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[float, Path]:
+    """Fits one router and one alpha per layer and topk, and writes a router file per topk.
+
+    Layer after layer, and for each the fractions of `topk` from the first to the last: the first
+    starts from the identity and a calibrated alpha (eq. 7), the others from the one before. The
+    loss is the mean squared error between full attention and SLA2 in soft mode, both computed from
+    the samples of that layer in their own 16-bit dtype; AdamW without decay minimises it.
+
+    Args:
+        samples: folder of a `QKVRecorder`: q, k, v (B, N, H, D) of any number of layers. Read one
+            sample at a time.
+        output: folder for everything that is written.
+        topk: fractions of the key blocks kept, floats in (0, 1], descending.
+        steps: updates per layer and topk.
+        lr: AdamW's rate for router and alpha.
+        batch: samples per step, at most those a layer has. They are computed one after the other,
+            so it costs time and no memory.
+        layers: names of the layers to fit; None: all that are recorded.
+        layer_options: further arguments of `SLA2Attention`, such as {"per_head_router": True}.
+            "quant" is only noted in the router files: this stage is unquantised.
+        calibrate: False starts alpha at alpha_init (0.85).
+        device: "cpu" or a CUDA device; None: the current GPU if there is one, else the CPU.
+        dtype: what samples are cast to; None: as recorded. CUDA takes bfloat16 and float16 alone.
+        seed: of the order of the samples, the only random choice.
+        cache_bytes: of samples and targets kept on `device`; the rest is read, and full attention
+            computed, every time anew. Changes no bit of the result.
+        checkpoint_every: steps between checkpoints, the most that an interruption loses.
+        resume: continue the fit in `output`, or start it where there is none. On the same machine
+            it gives the same bits as a fit that was not interrupted.
+        progress: a bar on stderr, where rich is installed.
+
+    Returns the router file of each topk, for `sla2.load_router` into a model whose SLA2Attention
+    modules have the names of the recorded layers. log.csv in `output` has a row per step.
+
+    Raises before anything is computed: TypeError / ValueError for arguments, samples that do not
+    fit each other or the device, and a resumed fit with other settings, naming the first;
+    FileExistsError for an output folder in use; OSError. During the fit: RuntimeError naming layer,
+    topk and step where a loss or gradient is not finite; the state before that step is kept.
+    """
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("batch", batch, 1),
+        ("checkpoint_every", checkpoint_every, 1),
+        ("cache_bytes", cache_bytes, 0),
+        ("seed", seed, None),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int; got {value!r}")
+        if least is not None and value < least:
+            raise ValueError(f"{name}={value} is less than {least}")
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)):
+        raise TypeError(f"lr must be a float; got {lr!r}")
+    if not 0.0 < lr < math.inf:
+        raise ValueError(f"lr={lr} is out of range: it must be positive and finite")
+    for name, flag in (("calibrate", calibrate), ("resume", resume), ("progress", progress)):
+        check_flag(name, flag)
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
+    fractions = _check_topk(topk)
+    place = _pick_device(device)
+    recorded = scan_layers(samples, layers)
+    fit = _Fit(
+        folder=FitFolder(output),
+        fractions=fractions,
+        steps=steps,
+        lr=float(lr),
+        batch=batch,
+        options=dict(layer_options or {}),
+        calibrate=calibrate,
+        device=place,
+        dtype=dtype,
+        seed=seed,
+        cache_bytes=cache_bytes,
+        checkpoint_every=checkpoint_every,
+    )
+    fit.check(recorded)
+    fit.folder.begin(fit.settings(recorded), resume=resume)
+    # Whatever the caller's modes are: this needs gradients, and the dtype of the samples.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(place.type, enabled=False),
+    ):
+        fit.run(recorded, progress=progress)
+        return fit.collect(recorded)
+
+
+class _Fit(NamedTuple):
+    """The arguments of `fit_router`, and its steps."""
+
+    folder: FitFolder
+    fractions: tuple[float, ...]
+    steps: int
+    lr: float
+    batch: int
+    options: dict[str, Any]
+    calibrate: bool
+    device: torch.device
+    dtype: torch.dtype | None
+    seed: int
+    cache_bytes: int
+    checkpoint_every: int
+
+    # ---- before the start ---------------------------------------------------------------------
+
+    def check(self, recorded: list[RecordedLayer]) -> None:
+        """Raises TypeError / ValueError where a layer cannot be fitted or saved."""
+        modules = {}
+        for layer in recorded:
+            for fraction in self.fractions:
+                modules[layer.name] = self._make_module(layer, fraction, "meta")
+            dtype = self.dtype or layer.dtype
+            reason = why_not(self.device, dtype=dtype, head_dim=layer.head_dim)
+            if reason is not None:
+                raise ValueError(f"layer {layer.name!r} ({dtype}) on {self.device}: {reason}")
+            if self.batch > len(layer.files):
+                raise ValueError(
+                    f"batch={self.batch} is more than the {len(layer.files)} samples of layer "
+                    f"{layer.name!r}: lower it, or record more"
+                )
+        _assemble(modules)
+
+    def settings(self, recorded: list[RecordedLayer]) -> dict[str, Any]:
+        """Everything that the result depends on; the device and its libraries apart."""
+        return {
+            "topk": self.fractions,
+            "steps": self.steps,
+            "lr": self.lr,
+            "batch": self.batch,
+            "layer_options": self.options,
+            "calibrate": self.calibrate,
+            "dtype": None if self.dtype is None else str(self.dtype),
+            "seed": self.seed,
+            "layers": {
+                layer.name: {
+                    "dtype": str(layer.dtype),
+                    "N, H, D": (layer.tokens, layer.heads, layer.head_dim),
+                    "samples": layer.calls,
+                }
+                for layer in recorded
+            },
+        }
+
+    def _make_module(
+        self, layer: RecordedLayer, fraction: float, device: torch.device | str
+    ) -> SLA2Attention:
+        return SLA2Attention(
+            layer.heads,
+            layer.head_dim,
+            seq_len=layer.tokens,
+            topk=fraction,
+            layout="BNHD",
+            device=device,
+            **self.options,
+        )
+
+    # ---- the fit ------------------------------------------------------------------------------
+
+    def run(self, recorded: list[RecordedLayer], *, progress: bool) -> None:
+        """Every run that is not finished: layer after layer, topk after topk."""
+        runs = [Run(layer.name, fraction) for layer in recorded for fraction in self.fractions]
+        starts = {run: index * self.steps for index, run in enumerate(runs)}
+        total = len(runs) * self.steps
+        done = self.folder.steps_done(runs, self.steps)
+        if done == total:
+            return
+        with FitLog(self.folder.path, rows_done=done, rows_total=total, progress=progress) as log:
+            for layer in recorded:
+                loader = ProblemLoader(layer, self.device, self.dtype, self.cache_bytes)
+                previous = None
+                for fraction in self.fractions:
+                    run = Run(layer.name, fraction)
+                    own_done = max(0, done - starts[run])
+                    if own_done < self.steps:
+                        module = self._make_module(layer, fraction, self.device)
+                        self._train(run, previous, module, loader, own_done, log)
+                    previous = run
+
+    def _train(
+        self,
+        run: Run,
+        previous: Run | None,
+        module: SLA2Attention,
+        loader: ProblemLoader,
+        done: int,
+        log: FitLog,
+    ) -> None:
+        """The steps of `run` after the `done` ones, whose state the checkpoint has."""
+        module.set_stage(1)
+        optimizer = torch.optim.AdamW(param_groups(module, lr_router=self.lr), eps=_ADAM_EPS)
+        if done > 0:
+            self.folder.load_checkpoint(module, optimizer)
+        elif previous is not None:
+            # strict=False: the two differ in topk.
+            load_router(module, self.folder.part(previous), strict=False)
+        elif self.calibrate:
+            try:
+                set_mean_alpha(module, ((problem.q, problem.k) for problem in loader))
+            except ValueError as error:
+                raise RuntimeError(f"layer {run.layer!r}, before step 1: {error}") from error
+        for step in range(done, self.steps):
+            began = time.perf_counter()
+            order = f"{self.seed}/{run.layer}/{run.topk}"
+            chosen = draw_batch(order, step, self.batch, len(loader))
+            optimizer.zero_grad()
+            loss, relative_error = _backward(module, loader, chosen)
+            bad = _what_is_not_finite(module, loss)
+            if bad is not None:
+                log.sync()
+                self.folder.save_checkpoint(run, module, optimizer, step)
+                raise RuntimeError(
+                    f"layer {run.layer!r}, topk={run.topk}, step {step + 1}: {bad} is not finite "
+                    f"(loss {loss}), on samples {', '.join(loader.name(i) for i in chosen)}. "
+                    f"{self.folder.path} keeps the state before this step and the layers before. "
+                    "Look for NaN and infinity in these samples, or lower lr; either is another "
+                    "fit, which needs another folder and may leave the finished layers out"
+                )
+            optimizer.step()
+            seconds = time.perf_counter() - began
+            log.add(Row(*run, step + 1, loss, relative_error, self.lr, seconds))
+            if (step + 1) % self.checkpoint_every == 0 and step + 1 < self.steps:
+                log.sync()
+                self.folder.save_checkpoint(run, module, optimizer, step + 1)
+        log.sync()
+        self.folder.finish(run, module)
+
+    def collect(self, recorded: list[RecordedLayer]) -> dict[float, Path]:
+        """Writes a router file of all layers for each topk."""
+        paths = {}
+        for fraction in self.fractions:
+            modules = {}
+            for layer in recorded:
+                modules[layer.name] = self._make_module(layer, fraction, "cpu")
+                load_router(modules[layer.name], self.folder.part(Run(layer.name, fraction)))
+            paths[fraction] = self.folder.router(fraction)
+            save_router(_assemble(modules), paths[fraction])
+        return paths
+
+
+def _backward(
+    module: SLA2Attention, loader: ProblemLoader, chosen: list[int]
+) -> tuple[float, float]:
+    """The gradient of the mean squared error over the chosen samples into module's `.grad`.
+
+    Returns that loss, and the relative L2 error. One sample is in memory at a time.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=module.alpha_offset.device)
+    count = 0
+    for index in chosen:
+        elements, error_and_energy = _backward_of_sum(module, loader[index])
+        sums += error_and_energy
+        count += elements
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= 2.0 / count
+    error, energy = sums.tolist()
+    return error / count, math.sqrt(error / energy) if energy else math.nan
+
+
+def _backward_of_sum(module: SLA2Attention, problem: Problem) -> tuple[int, Tensor]:
+    """Adds the gradient of sum((out - target)^2) / 2 to `.grad`.
+
+    Not of the mean: the gradient of each element, in the dtype of out, would underflow in float16.
+    Returns the number of elements, and the sums of squares of out - target and of target.
+    """
+    out = module(problem.q, problem.k, problem.v)
+    wide = torch.promote_types(out.dtype, torch.float32)
+    target = problem.target.to(wide)
+    difference = out.detach().to(wide) - target
+    out.backward(difference.to(out.dtype))
+    sums = [x.square().sum(dtype=torch.float64) for x in (difference, target)]
+    return out.numel(), torch.stack(sums)
+
+
+def _what_is_not_finite(module: SLA2Attention, loss: float) -> str | None:
+    """The loss, or the gradient of a parameter; None where all are finite."""
+    if not math.isfinite(loss):
+        return "the loss"
+    for name, parameter in module.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"the gradient of {name}"
+    return None
+
+
+def _assemble(modules: Mapping[str, SLA2Attention]) -> nn.Module:
+    """A module in which each layer has its recorded name, as in the model it came from."""
+    root = nn.Module()
+    for name, module in modules.items():
+        parent = root
+        *path, last = name.split(".")
+        try:
+            for part in path:
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(last, module)
+        except KeyError as error:
+            raise ValueError(
+                f"layer {name!r} is not named like a module of a model ({error.args[0]}), which a "
+                "router file needs: record it under the name of its SLA2Attention"
+            ) from error
+    return root
+
+
+def _check_topk(topk: Sequence[float]) -> tuple[float, ...]:
+    """The fractions; their range is checked by the layers. Raises TypeError / ValueError."""
+    if isinstance(topk, (str, bytes)) or not isinstance(topk, Sequence):
+        raise TypeError(f"topk must be a sequence of floats such as (0.05, 0.04); got {topk!r}")
+    if not topk:
+        raise ValueError("topk is empty: there is nothing to fit")
+    for fraction in topk:
+        if not isinstance(fraction, float):
+            raise TypeError(f"topk must hold floats, fractions of the key blocks; got {fraction!r}")
+    if any(after >= before for before, after in zip(topk, topk[1:], strict=False)):
+        raise ValueError(
+            f"topk={tuple(topk)} must descend: each router starts from the one that keeps more"
+        )
+    return tuple(topk)
+
+
+def _pick_device(device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
