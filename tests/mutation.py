@@ -206,8 +206,8 @@ FAULTS = (
         "(smem + C::kScales)[entry % C::kStagesK]", "(smem + C::kScales)[0]",
     ),
     Fault(
-        "low part of Z dropped, Hopper", INPUTS_SM90,
-        "P::from_floats(sum.x - first.x, sum.y - first.y)", "0",
+        "high part of Z counted twice, Hopper", INPUTS_SM90,
+        "P::from_floats(sum.x - first.x, sum.y - first.y)", "high.x",
     ),
     Fault(
         "second half of a warp's rows staged over the first, Hopper", OUTPUT_SM90,

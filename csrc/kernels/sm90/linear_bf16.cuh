@@ -134,6 +134,7 @@ __device__ __forceinline__ void load_bf16_tiles(const LinearArgs& args,
   const int tickets = shape.num_bh * args.head_tiles;
   RingCursor<Smem::kTileStages> ring;
   int ready_bh = -1;
+  wait_predecessor();  // it makes the mask
   for (int ticket = take_tile_ticket(args); ticket < tickets;) {
     const int next_ticket = take_tile_ticket(args);  // on its way while this one's steps are loaded
     const Bf16Tile tile = bf16_tile(args, kHeadDim, ticket);

@@ -41,6 +41,7 @@ __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
   const int blocks = e4m3_steps(args) * kStepBlocks;
   RingCursor<Smem::kTileStages> ring;
   int ready_bh = -1;
+  wait_predecessor();  // it makes the mask
   for (int ticket = take_tile_ticket(args); ticket < tickets;) {
     const int next_ticket = take_tile_ticket(args);  // on its way while this one's steps are loaded
     const E4m3Tile tile = e4m3_tile<Variant::kHeadDim>(args, ticket);
