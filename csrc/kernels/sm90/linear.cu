@@ -87,7 +87,7 @@ cudaError_t launch(const LinearParams& p) {
 
 }  // namespace
 
-int linear_counters(const Shape& shape) { return 2 + 2 * shape.num_bh; }
+int linear_counters(const Shape& shape) { return 2 + (2 * ready_words(shape) + 1) * shape.num_bh; }
 
 cudaError_t launch_linear_sm90(const LinearParams& p, int dtype, int head_dim) {
   return dispatch(dtype, head_dim, [&](auto instance) {
