@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         route,
         sla2_attention,
     )
+    from .integrations import apply, dense, remove, set_stage, set_topk
     from .module import SLA2Attention
     from .optim import param_groups
 
@@ -41,17 +42,22 @@ __all__ = [
     "SLA2Attention",
     "__git_sha__",
     "__version__",
+    "apply",
     "block_sparse_attention",
     "collect_env",
     "complement_linear_attention",
+    "dense",
     "get_cmake_dir",
     "get_include",
     "is_available",
     "load_router",
     "param_groups",
     "reference",
+    "remove",
     "route",
     "save_router",
+    "set_stage",
+    "set_topk",
     "sla2_attention",
     "why_not",
 ]
@@ -63,17 +69,22 @@ _HOME = {
     "SLA2Attention": "module",
     "__git_sha__": "env",
     "__version__": "env",
+    "apply": "integrations",
     "block_sparse_attention": "functional",
     "collect_env": "env",
     "complement_linear_attention": "functional",
+    "dense": "integrations",
     "get_cmake_dir": "env",
     "get_include": "env",
     "is_available": "env",
     "load_router": "checkpoint",
     "param_groups": "optim",
     "reference": "reference",
+    "remove": "integrations",
     "route": "functional",
     "save_router": "checkpoint",
+    "set_stage": "integrations",
+    "set_topk": "integrations",
     "sla2_attention": "functional",
     "why_not": "env",
 }

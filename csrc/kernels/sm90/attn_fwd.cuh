@@ -3,7 +3,7 @@
 // One CTA: 128 query rows of one head, a warpgroup for each half; both share every key block. A
 // warpgroup takes the softmax of S(j), then O += P V(j), then S(j+1) = Q K^T, one after the other:
 // two CTAs, four warpgroups on an SM, fill each other's waits. Holding P or a second S while a
-// product runs does not fit 128 registers. Thread 0 keeps the ring of key blocks filled.
+// product runs does not fit 128 registers. The warps take turns in filling the rings.
 #pragma once
 
 #include "../common/attn_output.cuh"
