@@ -301,7 +301,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=short)
+TRAINING = {"fit_stage1.py", "train_stage2.py"}  # tests/test_examples_training.py runs these
+
+
+@pytest.mark.parametrize("path", [p for p in EXAMPLES if p.name not in TRAINING], ids=short)
 def test_examples_run(path: Path) -> None:
     command = [sys.executable, str(path), "--device", "cpu", *SMALL[path.name]]
     environment = {**os.environ, "PYTHONPATH": str(Path(sla2.__file__).parents[1])}

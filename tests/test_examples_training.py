@@ -1,0 +1,203 @@
+"""The examples of both stages, end to end: one process, an interruption, and two processes."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from package_tools import REPOSITORY
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(REPOSITORY / "bench"))
+
+from quality.model import load_model, use_sla2
+
+import sla2
+
+TOPK = 0.2
+GRID = ("--grid", "3", "8", "16", "--patch", "2")
+SIZES = (*GRID, "--heads", "2", "--head-dim", "16", "--depth", "2")
+SMALL = ("--device", "cpu", "--batch", "1")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fit_stage1, train_stage2 = load("fit_stage1"), load("train_stage2")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other on a busy machine cost more than these sizes gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Run:
+    """A base model and its routers, and calls of stage 2 on them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = folder / "base" / "model.safetensors"
+        self.router = folder / "stage1" / "fit" / f"router_{TOPK:g}.safetensors"
+        base = [*SMALL, *SIZES, "--steps", "2", "--output", str(folder / "base")]
+        assert train_stage2.main(base) == 0
+        self.stage1 = [
+            *("--device", "cpu", "--model", str(self.model), "--output", str(folder / "stage1")),
+            *("--topk", "0.5", str(TOPK), "--samples", "2", "--steps", "2"),
+        ]
+        assert fit_stage1.main(self.stage1) == 0
+
+    def arguments(self, output: Path, *more: str, steps: int = 4) -> list[str]:
+        return [
+            *(*SMALL, "--steps", str(steps), "--output", str(output), "--model", str(self.model)),
+            *("--router", str(self.router), "--topk", str(TOPK), *more),
+        ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(tmp_path_factory.mktemp("stages"))
+
+
+def rows(output: Path) -> list[dict[str, str]]:
+    with (output / "log.csv").open(newline="") as stream:
+        return [{**row, "seconds": ""} for row in csv.DictReader(stream)]
+
+
+def result(output: Path) -> dict[str, Any]:
+    return {
+        f"{name}/{key}": x
+        for name in ("model", "router")
+        for key, x in load_file(output / f"{name}.safetensors").items()
+    }
+
+
+def test_both_stages(trained: Run, tmp_path: Path) -> None:
+    assert train_stage2.main(trained.arguments(tmp_path)) == 0
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
+    before, after = load_file(trained.model), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name in ("blocks.1.to_qkv.weight", "embed.weight", "head.weight"):
+        assert not torch.equal(before[name], after[name])
+    old, new = load_file(trained.router), load_file(tmp_path / "router.safetensors")
+    for name in old:
+        assert torch.equal(old[name], new[name]) != name.endswith("alpha_offset"), name
+
+
+def test_the_result_loads(trained: Run, tmp_path: Path) -> None:
+    assert train_stage2.main(trained.arguments(tmp_path, steps=1)) == 0
+    model = load_model(tmp_path / "model.safetensors", torch.device("cpu"))
+    use_sla2(model, topk=TOPK, quant="int8_fp8")
+    assert sla2.load_router(model, tmp_path / "router.safetensors") == []
+    out = model(torch.randn(1, 3, *model.clip_size), torch.tensor([0.5]))
+    assert bool(out.isfinite().all())
+
+
+def test_stage1_goes_on(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """A finished fit is not fitted again: the same call gives the same files."""
+    before = trained.router.read_bytes()
+    assert fit_stage1.main(trained.stage1) == 0
+    assert trained.router.read_bytes() == before
+    assert f"topk {TOPK:g}: relative error 0." in capsys.readouterr().out
+
+
+def test_a_resumed_run_gives_the_same_bits(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train_stage2.main(trained.arguments(whole)) == 0
+    with monkeypatch.context() as context:
+        context.setattr(train_stage2, "draw_batch", stop_at(3, train_stage2.draw_batch))
+        with pytest.raises(KeyboardInterrupt):
+            train_stage2.main(trained.arguments(parts, "--checkpoint-every", "2"))
+    (checkpoint,) = parts.glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-00000002" and len(rows(parts)) == 3
+    assert train_stage2.main(trained.arguments(parts)) == 2  # a folder in use, without --resume
+    assert train_stage2.main(trained.arguments(parts, "--resume")) == 0
+    assert rows(parts) == rows(whole)
+    wanted, found = result(whole), result(parts)
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    # A finished run has nothing left to do.
+    assert train_stage2.main(trained.arguments(parts, "--resume")) == 0
+    assert rows(parts) == rows(whole)
+
+
+def stop_at(step: int, draw: Callable[..., Any]) -> Callable[..., Any]:
+    def drawn(clips: Any, count: int, seed: int, index: int, rank: int) -> Any:
+        if index == step:
+            raise KeyboardInterrupt
+        return draw(clips, count, seed, index, rank)
+
+    return drawn
+
+
+def test_a_router_of_another_share_is_named(trained: Run, tmp_path: Path) -> None:
+    arguments = trained.arguments(tmp_path)
+    arguments[arguments.index("--topk") + 1] = "0.5"
+    with pytest.raises(ValueError, match=r"topk=0\.2 in the file, topk=0\.5 in the model"):
+        train_stage2.main(arguments)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*key: Any) -> Any:
+        batch = draw(*key)
+        return batch._replace(noised=batch.noised * torch.nan)
+
+    draw = train_stage2.draw_batch
+    monkeypatch.setattr(train_stage2, "draw_batch", broken)
+    with pytest.raises(RuntimeError, match="step 1: loss and gradient norm are"):
+        train_stage2.main(trained.arguments(tmp_path))
+    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_two_processes(trained: Run, tmp_path: Path) -> None:
+    """Replicated and sharded training see the same batches and give the same model."""
+    results = {}
+    for parallel in ("ddp", "fsdp"):
+        output = tmp_path / parallel
+        arguments = trained.arguments(output, "--parallel", parallel, steps=2)
+        launch(arguments)
+        assert [row["step"] for row in rows(output)] == ["1", "2"]
+        results[parallel] = result(output)
+    assert results["ddp"].keys() == results["fsdp"].keys()
+    for name, x in results["ddp"].items():
+        assert x.dtype == torch.float32
+        # Sums of two gradients do not depend on their order, but the norm that clips them does.
+        torch.testing.assert_close(results["fsdp"][name], x, rtol=1e-5, atol=1e-6)
+    # Another number of processes goes on from a sharded checkpoint.
+    resumed = trained.arguments(tmp_path / "fsdp", "--resume", steps=3)
+    assert train_stage2.main(resumed) == 0
+    assert len(rows(tmp_path / "fsdp")) == 3
+
+
+def launch(arguments: list[str]) -> None:
+    """The example in two processes, as torchrun starts it."""
+    script = REPOSITORY / "examples" / "train_stage2.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script), *arguments]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(sla2.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
