@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sla2
 from sla2 import reference
-from sla2.cli import accuracy, bench_peers, bench_report, bench_work
+from sla2.cli import accuracy, bench_page, bench_peers, bench_report, bench_work
 from sla2.cli.bench_timing import Timing, kernel_times, peak_extra_bytes, time_call
 from sla2.cli.bench_work import Shape
 from sla2.cli.device import (
@@ -47,7 +47,11 @@ class Problem(NamedTuple):
 
 
 def run(options: argparse.Namespace) -> int:
-    """0, or 1 when --refcheck found a difference."""
+    """0, or 1 when --refcheck found a difference or --check another page."""
+    if options.report:
+        return bench_page.run(options)
+    if options.check or options.results is not None:
+        raise CliError("--check and --results belong to --report")
     device = pick_device(options.device)
     dtype = getattr(torch, options.dtype)
     for shape, quant in itertools.product(_shapes(options), options.quant):

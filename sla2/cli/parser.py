@@ -174,6 +174,22 @@ def _add_bench(commands: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--warmup", type=_non_negative, default=5, help="untimed ones (default 5)")
     parser.add_argument("--output", metavar="FOLDER", help="write bench.json, bench.csv, bench.png")
     parser.add_argument(
+        "--report",
+        action="store_true",
+        help="time nothing: write benchmarks.md and its plots from results that are recorded",
+    )
+    parser.add_argument(
+        "--results",
+        metavar="FOLDER",
+        help="with --report: the recorded results (default: bench/results); "
+        "--output is docs by default then",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="with --report: change nothing; exit code 1 where the results give another page",
+    )
+    parser.add_argument(
         "--commit", help="commit to record (default: that of the installed package)"
     )
     parser.add_argument("--seed", type=int, default=0)
