@@ -121,6 +121,10 @@ struct StateSmem {
   static constexpr int kPanels = kHeadDim / kPanel;
   static constexpr bool kSplitValues = std::is_same_v<Element, __half>;
   static constexpr int kStateStages = kStages;
+  // Barriers of loads: each for the tasks of one warpgroup alone. A stage that the warpgroups have
+  // in turn needs one for each: with a single one, who waits for the next load while the other
+  // warpgroup's is under way would see the parity of the load before that.
+  static constexpr int kStateLoads = kStages % kStateGroups == 0 ? kStages : kStages * kStateGroups;
 
   struct StateStage {
     char key[kPanels][kPanelBytes];  // phi takes its place
@@ -138,14 +142,14 @@ struct StateSmem {
   alignas(128) float k_mean[kStages][kHeadDim];
   StateTask state_task[kStages];
   // Loaded; states stored or staged by the four warps.
-  alignas(8) uint64_t state_full[kStages], state_made[kStages];
+  alignas(8) uint64_t state_full[kStateLoads], state_made[kStages];
 
   __device__ __forceinline__ void init() {
     constexpr uint32_t kOnePair = 0x3f803f80u;
     for (uint32_t i = threadIdx.x; i < sizeof(ones) / 4; i += kLinearThreads) ones[i] = kOnePair;
     if (threadIdx.x == 0) {
+      for (int i = 0; i < kStateLoads; ++i) mbarrier_init(smem_address(&state_full[i]), 1);
       for (int i = 0; i < kStages; ++i) {
-        mbarrier_init(smem_address(&state_full[i]), 1);
         mbarrier_init(smem_address(&state_made[i]), kWarpgroup / 32);
       }
     }

@@ -41,7 +41,7 @@ __device__ __forceinline__ Bf16Tile bf16_tile(const LinearArgs& args, int head_d
 template <class Variant>
 struct Bf16StateWorker : StateWorker<Variant> {
   using Base = StateWorker<Variant>;
-  using Base::args, Base::smem, Base::group, Base::warp, Base::lane, Base::task, Base::ring;
+  using Base::args, Base::smem, Base::group, Base::warp, Base::lane, Base::task, Base::stage_index;
   using Base::Base;
   using Base::kHeadDim, Base::kPanels;
   using typename Base::Smem;
@@ -117,7 +117,7 @@ struct Bf16StateWorker : StateWorker<Variant> {
 
   __device__ __forceinline__ void run() {
     while (this->next_phi()) {
-      states(smem.state[ring.stage]);
+      states(smem.state[stage_index]);
       this->made();
     }
   }

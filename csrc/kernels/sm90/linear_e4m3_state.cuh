@@ -35,7 +35,7 @@ struct E4m3State {
 template <class Variant>
 struct E4m3StateWorker : StateWorker<Variant> {
   using Base = StateWorker<Variant>;
-  using Base::args, Base::smem, Base::group, Base::warp, Base::lane, Base::task, Base::ring;
+  using Base::args, Base::smem, Base::group, Base::warp, Base::lane, Base::task, Base::stage_index;
   using Base::Base;
   using Base::kHeadDim, Base::kPanels;
   using typename Base::Smem;
@@ -50,7 +50,7 @@ struct E4m3StateWorker : StateWorker<Variant> {
   __device__ __forceinline__ void pack(Packed& words, const float (&acc)[32], int panel) const {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      const float* inverse = smem.v_inverse[ring.stage] + panel * kPanel + 16 * i + lane % 4 * 2;
+      const float* inverse = smem.v_inverse[stage_index] + panel * kPanel + 16 * i + lane % 4 * 2;
       float factor[4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
@@ -83,7 +83,7 @@ struct E4m3StateWorker : StateWorker<Variant> {
   // Parts of z to their lines; lane t of a quad has part t.
   __device__ __forceinline__ void stage_z(const float (&sums)[kPanels][2]) const {
     static_assert(State::kParts == 4, "one a lane");
-    char* lines = reinterpret_cast<char*>(smem.k_mean[ring.stage]);
+    char* lines = reinterpret_cast<char*>(smem.k_mean[stage_index]);
 #pragma unroll
     for (int m = 0; m < kPanels; ++m) {
 #pragma unroll
@@ -152,7 +152,7 @@ struct E4m3StateWorker : StateWorker<Variant> {
 
   __device__ __forceinline__ void run() {
     while (this->next_phi()) {
-      if (args.p.state != nullptr) states(smem.state[ring.stage]);
+      if (args.p.state != nullptr) states(smem.state[stage_index]);
       this->made();
     }
   }

@@ -19,7 +19,8 @@ struct StateServer {
 
   const LinearArgs& args;
   Smem& smem;
-  RingCursor<Smem::kStateStages> loading, publishing;
+  RingCursor<Smem::kStateLoads> loading;
+  RingCursor<Smem::kStateStages> publishing;
   int taken = 0;                               // stages with tasks
   int bh = -1, head = 0, batch = 0, slot = 0;  // being loaded
 
@@ -48,9 +49,9 @@ struct StateServer {
     constexpr bool kQuantised = Variant::kQuant != SLA2_QUANT_NONE;
     constexpr int kBytes =
         2 * Smem::kPanels * kPanelBytes + kRowBytes + (kQuantised ? kRowBytes + kRangeBytes : 0);
-    const int i = loading.stage;
+    const int i = loading.stage % Smem::kStateStages;
     const int64_t row = int64_t{1} * bh * kHeadDim;
-    const uint32_t full = smem_address(&smem.state_full[i]);
+    const uint32_t full = smem_address(&smem.state_full[loading.stage]);
     auto& stage = smem.state[i];
     smem.state_task[i] = {bh, block, slot};
     mbarrier_expect(full, kBytes);
@@ -108,7 +109,7 @@ struct StateServer {
       }
     }
     for (int i = 0; i < kStateGroups; ++i) {  // all stages are free: one end for each warpgroup
-      smem.state_task[loading.stage].bh = -1;
+      smem.state_task[loading.stage % Smem::kStateStages].bh = -1;
       mbarrier_arrive(smem_address(&smem.state_full[loading.stage]));
       loading.advance();
     }
@@ -132,7 +133,8 @@ struct StateWorker {
   Smem& smem;
   const int group, warp, lane;
   const int row, column0;  // this lane's of the first pass and panel
-  RingCursor<Smem::kStateStages> ring;
+  RingCursor<Smem::kStateLoads> loads;
+  int stage_index = 0;  // of the task
   StateTask task;
 
   __device__ __forceinline__ StateWorker(const LinearArgs& args, Smem& smem, int group)
@@ -143,7 +145,7 @@ struct StateWorker {
         lane(threadIdx.x % 32),
         row(threadIdx.x % kWarpgroup / 4),
         column0(threadIdx.x % 4 * kColumns) {
-    ring.advance(group);
+    loads.advance(group);
   }
 
   __device__ __forceinline__ void sync() const { named_barrier(1 + group, kWarpgroup); }
@@ -164,16 +166,16 @@ struct StateWorker {
     float amax = 0.f;
     const int channel = 32 * warp + lane;
     if (channel < kHeadDim) {
-      const float mean = smem.k_mean[ring.stage][channel];
-      const float high = static_cast<float>(smem.k_range[ring.stage][0][channel]);
-      const float low = static_cast<float>(smem.k_range[ring.stage][1][channel]);
+      const float mean = smem.k_mean[stage_index][channel];
+      const float high = static_cast<float>(smem.k_range[stage_index][0][channel]);
+      const float low = static_cast<float>(smem.k_range[stage_index][1][channel]);
       amax = max_nan(fabsf(high - mean), fabsf(low - mean));
     }
     amax = lane_max<32>(amax);
-    if (lane == 0) smem.k_amax[ring.stage][warp] = amax;
+    if (lane == 0) smem.k_amax[stage_index][warp] = amax;
     sync();
 #pragma unroll
-    for (int w = 0; w < kWarpgroup / 32; ++w) amax = max_nan(amax, smem.k_amax[ring.stage][w]);
+    for (int w = 0; w < kWarpgroup / 32; ++w) amax = max_nan(amax, smem.k_amax[stage_index][w]);
     amax = max_nan(amax, kQuantEps);
     if (warp == 0 && lane == 0) args.p.k_scale[block_index()] = amax / kInt8Max;
     return kInt8Max / amax;
@@ -220,7 +222,7 @@ struct StateWorker {
       for (int panel = 0; panel < kPanels; ++panel) {
         const uint4 bits[2] = {*chunk_of(stage.key[panel], i, 0),
                                *chunk_of(stage.key[panel], i, 1)};
-        const float* mean = smem.k_mean[ring.stage] + panel * kPanel + column0;
+        const float* mean = smem.k_mean[stage_index] + panel * kPanel + column0;
         uint2 words[2];
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -262,7 +264,7 @@ struct StateWorker {
 #pragma unroll 2
     for (int channel0 = warp * 8; channel0 < kHeadDim; channel0 += 32) {
       const int channel = channel0 + lane / 4;
-      const float inverse = smem.v_inverse[ring.stage][channel];
+      const float inverse = smem.v_inverse[stage_index][channel];
       const uint32_t panel = smem_address(stage.value[channel0 / kPanel]);
 #pragma unroll
       for (int chunk0 = 0; chunk0 < kBlockK / 16; chunk0 += 2) {
@@ -312,19 +314,13 @@ struct StateWorker {
 
   // The next task of this warpgroup, false at the end; its records and phi are made.
   __device__ __forceinline__ bool next_phi() {
-    const uint32_t full = smem_address(&smem.state_full[ring.stage]);
-    if constexpr (Smem::kStateStages % kStateGroups != 0) {
-      // The other warpgroup had the stage before. Should its load still be under way, the wait
-      // below would see the parity of the load before that and pass at once.
-      mbarrier_wait(full, ring.parity ^ 1);
-    }
-    mbarrier_wait(full, ring.parity);
-    const StateTask& next = smem.state_task[ring.stage];
+    mbarrier_wait(smem_address(&smem.state_full[loads.stage]), loads.parity);
+    stage_index = loads.stage % Smem::kStateStages;
+    const StateTask& next = smem.state_task[stage_index];
     task = {uniform(next.bh), uniform(next.block), uniform(next.slot)};
     if (task.bh < 0) return false;
-    Stage& stage = smem.state[ring.stage];
-    keys(stage);
-    if constexpr (kQuant != SLA2_QUANT_NONE) values(stage);
+    keys(smem.state[stage_index]);
+    if constexpr (kQuant != SLA2_QUANT_NONE) values(smem.state[stage_index]);
     fence_async_shared();
     sync();
     return true;
@@ -332,8 +328,8 @@ struct StateWorker {
   // States are stored or staged.
   __device__ __forceinline__ void made() {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&smem.state_made[ring.stage]));
-    ring.advance(kStateGroups);
+    if (lane == 0) mbarrier_arrive(smem_address(&smem.state_made[stage_index]));
+    loads.advance(kStateGroups);
   }
 };
 
