@@ -77,6 +77,31 @@ def test_the_same_bits_50_times(quant: str, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("quant", QUANTS)
+def test_the_sparse_branch_alone_1000_times(quant: str) -> None:
+    """No linear branch whose barriers would keep a CTA's warps together: one of them stored its
+    output over the queries of another once in a thousand calls."""
+    inputs = make(quant, seqlen=1560, num_heads=32, head_dim=128)
+    block_map = attend(inputs, return_aux=True)[1].block_map
+    a = torch.randn(4096, 4096, device=DEVICE, dtype=BF16)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+
+    def sparse() -> tuple[Tensor, Tensor]:
+        out, lse = sla2.block_sparse_attention(*inputs.qkv, block_map, quant=quant, return_lse=True)
+        return out.view(torch.int16), lse.view(torch.int32)
+
+    expected = sparse()
+    differing = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(1000):
+        with torch.cuda.stream(side):
+            torch.mm(a, a)
+        for x, y in zip(sparse(), expected, strict=True):
+            differing += (x != y).sum()
+    assert differing.item() == 0
+    side.synchronize()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
 def test_gradients_are_the_same_bits(quant: str) -> None:
     inputs = make(quant, seqlen=1560, num_heads=4)
     expected = gradients(inputs)

@@ -39,8 +39,7 @@ struct AttnConfig {
   static constexpr int kRowsH = 64;
   static constexpr int kPartsH = kHeadDim / kRowsH;
   static_assert(kRowsH * kWideRowBytes <= kStageBytes, "a part of H fits a stage");
-  static constexpr int kStagingBytes = 8 * kWideRowBytes;  // of one warp
-  static_assert(kWarps * kStagingBytes <= kQueryBytes, "Q's bytes stage the output");
+  static_assert(8 * kWideRowBytes <= kRowsPerWarp * kQueryRowBytes, "Q's bytes stage the output");
 
   // [Q | ring of K, V stages]
   static constexpr int kSmemBytes = kQueryBytes + kStages * kStageBytes;

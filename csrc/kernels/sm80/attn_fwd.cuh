@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
     if (count == 0) v_scale = nullptr;
   }
-  char* staging = smem + threadIdx.x / 32 * C::kStagingBytes;
+  // The warp's own rows of Q: others may still be reading theirs.
+  char* staging = smem + C::tile_row(0) * C::kQueryRowBytes;
   if (p.out_sparse.data != nullptr) {
     store_rows<C>(acc, p.out_sparse, bh, p.shape.num_heads, row0, rows, staging, inverse_row_sum,
                   v_scale);
