@@ -39,8 +39,7 @@ _ALIGNMENT = 16  # bytes of the kernels' loads
 
 
 def _initial_path() -> str:
-    # Not "auto": the Hopper kernels have not passed every test of theirs on a device yet.
-    name = os.environ.get("SLA2_PATH", "portable")
+    name = os.environ.get("SLA2_PATH", "auto")
     check_choice("environment variable SLA2_PATH", name, tuple(_PATHS))
     return name
 

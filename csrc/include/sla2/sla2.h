@@ -52,8 +52,8 @@ typedef enum sla2_branch {
 } sla2_branch;
 
 typedef enum sla2_path {
-  SLA2_PATH_AUTO = 0,      // sm90 where it can serve the call, else portable
-  SLA2_PATH_PORTABLE = 1,  // mma.sync + cp.async, sm_80 and newer; Python's default
+  SLA2_PATH_AUTO = 0,      // sm90 where it can serve the call, else portable; Python's default
+  SLA2_PATH_PORTABLE = 1,  // mma.sync + cp.async, sm_80 and newer
   SLA2_PATH_SM90 = 2,      // wgmma + bulk copies, sm_90a; int8_fp8 for lists of <= 128 blocks
 } sla2_path;
 

@@ -184,7 +184,7 @@ struct LinearParams {
   int state_slots;       // heads
   uint16_t* h;           // bf16 [BH, T_m, D / 64, D, 64]: see h_row
   float* z;              // [BH, T_m, z_parts, D]: Z is their sum
-  int* counters;         // linear_counters(), zero
+  int* counters;         // linear_counters(), zero; 8-byte aligned
   cudaStream_t stream;
 };
 

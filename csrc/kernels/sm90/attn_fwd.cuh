@@ -11,6 +11,7 @@
 #include "attn_inputs.cuh"
 #include "attn_output.cuh"
 #include "attn_softmax.cuh"
+#include "launch.h"
 #include "tensor_map.h"
 
 namespace sla2 {
@@ -75,8 +76,6 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   float score_scale = p.softmax_scale * kLog2e;
   int count;
   {
-    const int listed = p.counts[blockIdx.x];
-    // A warp for each: what one does after another, 1000 cycles a read, is not hidden.
     if (threadIdx.x < 32 && elect_one()) {
 #pragma unroll
       for (int i = 0; i < C::kStagesK; ++i) {
@@ -93,6 +92,9 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
       producer.init(p);
       producer.load_query(maps, smem);
     }
+    wait_predecessor();  // all below is of kernels of the same call
+    // A warp for each: what one does after another, 1000 cycles a read, is not hidden.
+    const int listed = p.counts[blockIdx.x];
     // Entries past the count are read too and not used.
     constexpr int kListFirst = 32, kZFirst = kListFirst + C::kListed;
     static_assert(kZFirst + kHeadDim / 4 <= C::kThreads, "a thread for each read");
@@ -245,7 +247,6 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     } else {
       weigh_last(std::false_type{});
     }
-    refill_keys(count - 1);
     wait_value(count - 1);
     wgmma_fence();
     issue_values<C>(acc[0], weights, value_tile(count - 1));
@@ -351,8 +352,7 @@ cudaError_t launch_attn_fwd_sm90(const AttnParams& p) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes));
   if (status != cudaSuccess) return status;
   const int ctas = p.shape.num_bh * p.shape.num_q_blocks;
-  kernel<<<ctas, C::kThreads, C::kSmemBytes, p.stream>>>(p, maps);
-  return cudaGetLastError();
+  return launch_overlapped(kernel, ctas, C::kThreads, C::kSmemBytes, p.stream, p, maps);
 }
 
 }  // namespace sla2

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "../common/dispatch.h"
+#include "launch.h"
 #include "linear_bf16.cuh"
 #include "linear_e4m3.cuh"
 
@@ -28,6 +29,11 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
                 "the roles' registers");
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Variant::Smem*>(smem_bytes);
+  // The predecessor, the router or the kernel that makes the mask, came after those whose results
+  // the state stream reads: it runs beside them. Without tiles nothing else would wait, and the
+  // attention kernel counts on lists that are there when this kernel ends.
+  trigger_dependents();
+  if (args.p.state == nullptr) wait_predecessor();
   smem.init();
   fence_async_shared();
   fence_barrier_init();
@@ -76,13 +82,12 @@ cudaError_t launch(const LinearParams& p) {
   const int64_t tasks = int64_t{1} * p.shape.num_bh *
                         std::max(p.shape.num_k_blocks, p.state == nullptr ? 0 : args.head_tiles);
   const int grid = static_cast<int>(std::min<int64_t>(sms, tasks));
-  kernel<<<grid, kLinearThreads, sizeof(Smem), p.stream>>>(args);
-  return cudaGetLastError();
+  return launch_overlapped(kernel, grid, kLinearThreads, sizeof(Smem), p.stream, args);
 }
 
 }  // namespace
 
-int linear_counters(const Shape& shape) { return 2 + 2 * shape.num_bh; }
+int linear_counters(const Shape& shape) { return 2 + (2 * ready_words(shape) + 1) * shape.num_bh; }
 
 cudaError_t launch_linear_sm90(const LinearParams& p, int dtype, int head_dim) {
   return dispatch(dtype, head_dim, [&](auto instance) {

@@ -3,10 +3,11 @@
 // Two streams of tasks run side by side in every CTA, each with its own tickets:
 //   state       one key block of one head: K and V records, h_j and z_j
 //   complement  a tile of [H | Z] of one head, a product over all its key blocks
-// A complement task waits until its head's states are complete, a state task until the head
-// state_slots after its own, whose slot it takes, is consumed. Both wait for earlier tickets only,
-// which running CTAs hold: any number of resident CTAs makes progress. No role may hold up a task
-// at work for one that is not ready yet.
+// A complement task waits for its head's states one step at a time, so that it begins while later
+// ones are made; a state task waits until the head state_slots after its own, whose slot it takes,
+// is consumed. The first missing state thus waits only for tiles of heads whose states are all
+// stored, which running CTAs hold or take next: any number of resident CTAs makes progress. No role
+// may hold up a task at work for one that is not ready yet.
 // Heads are worked on from the last to the first: L2 still has K and V of the last ones, which the
 // pooling kernel read at its end, and keeps what the attention kernel wants first.
 #pragma once
@@ -31,6 +32,7 @@ constexpr int kComplementGroups = 2, kStateGroups = 2;
 constexpr int kLinearThreads = (kComplementGroups + kStateGroups + 1) * kWarpgroup;
 constexpr int kRegisterPool = 5 * 96;
 
+constexpr int kStepBlocks = 64;                    // key blocks of a step of the complement
 constexpr int kPanel = 64;                         // columns of a swizzled tile, 128 bytes a row
 constexpr int kPanelBytes = kBlockK * kPanel * 2;  // of 64 tokens or 64 key blocks
 
@@ -44,7 +46,15 @@ struct LinearArgs {
   int head_tiles, head_reads;  // complement tiles of a head, counts of tiles_done that end it
 };
 
-// counters: state tickets, complement tickets, then a pair for each head.
+// Stored states of a head are counted by steps, a byte each, eight in a word: one read tells how
+// far a tile can go. At 64, bit 6 of the byte, a step is complete.
+constexpr int kWordSteps = 8, kWordBlocks = kWordSteps * kStepBlocks;
+constexpr uint64_t kStepStored = 0x4040404040404040u;
+SLA2_HOST_DEVICE constexpr int ready_words(const Shape& shape) {
+  return (shape.num_k_blocks + kWordBlocks - 1) / kWordBlocks;
+}
+
+// counters: state tickets, complement tickets, the ready words of all heads, their tiles_done.
 __device__ __forceinline__ int take_ticket(int* counter) {
   int ticket;
   asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;"
@@ -59,29 +69,58 @@ __device__ __forceinline__ int take_state_ticket(const LinearArgs& args) {
 __device__ __forceinline__ int take_tile_ticket(const LinearArgs& args) {
   return take_ticket(args.p.counters + 1);
 }
-__device__ __forceinline__ int* states_ready(const LinearArgs& args, int bh) {
-  return args.p.counters + 2 + 2 * bh;
+__device__ __forceinline__ uint64_t* states_ready(const LinearArgs& args, int bh, int block) {
+  return reinterpret_cast<uint64_t*>(args.p.counters + 2) + bh * ready_words(args.p.shape) +
+         block / kWordBlocks;
 }
 __device__ __forceinline__ int* tiles_done(const LinearArgs& args, int bh) {
-  return args.p.counters + 3 + 2 * bh;
+  const Shape& shape = args.p.shape;
+  return args.p.counters + 2 + 2 * shape.num_bh * ready_words(shape) + bh;
 }
 
 // Everything this thread did or has seen becomes visible to those who see the increment.
 __device__ __forceinline__ void release_increment(int* counter) {
   asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
+__device__ __forceinline__ void release_add(uint64_t* counter, uint64_t count) {
+  asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(counter), "l"(count) : "memory");
+}
+// Reads without acquire, which would empty L1 at every poll: acquire_counted follows the last one.
 __device__ __forceinline__ int read_counter(const int* counter) {
   int value;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-// Polls without acquire, which would empty L1 each time. What was counted may have been written and
-// may be read by the copy engine.
-__device__ __forceinline__ void wait_counter(const int* counter, int target) {
-  while (read_counter(counter) < target) {
-  }
+__device__ __forceinline__ uint64_t read_counter(const uint64_t* counter) {
+  uint64_t value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(counter) : "memory");
+  return value;
+}
+// What was counted may have been written and may be read by the copy engine.
+__device__ __forceinline__ void acquire_counted() {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
   fence_async();
+}
+
+// The state of `block` is stored. A head's last block counts for all that its word has left.
+__device__ __forceinline__ void release_state(const LinearArgs& args, int bh, int block) {
+  const bool last = block == args.p.shape.num_k_blocks - 1;
+  const uint64_t count = last ? kStepStored - block % kStepBlocks : 1;
+  const int step = block / kStepBlocks % kWordSteps;
+  release_add(states_ready(args, bh, block), count << 8 * step);
+}
+// Waits for the step that begins with `block`; those before it are stored. Returns the end of the
+// steps that now are.
+__device__ __forceinline__ int wait_states(const LinearArgs& args, int bh, int block) {
+  const uint64_t* counter = states_ready(args, bh, block);
+  int ready;
+  do {
+    const uint64_t missing = ~read_counter(counter) & kStepStored;
+    const int steps = __clzll(__brevll(missing)) / 8;  // 8 if nothing is missing
+    ready = block / kWordBlocks * kWordBlocks + steps * kStepBlocks;
+  } while (ready <= block);
+  acquire_counted();
+  return ready;
 }
 
 // The head that is the `turn`-th to be worked on.

@@ -14,7 +14,7 @@ namespace sla2 {
 constexpr int kRowBlock = 64, kGroupBlocks = 2;
 constexpr int kTileBlocks = kComplementGroups * kGroupBlocks;
 constexpr int kTileColumns = kPanel;
-constexpr int kStepWords = kBlockK / 32;  // mask words of a step of 64 key blocks
+constexpr int kStepWords = kStepBlocks / 32;  // of the mask
 
 // Columns of a state: h is [channel / 64][h_row][64 channels], then z as a bf16 pair (high [D], low
 // [D]). Of each 32, channel 8 n + 2 t + e lies at 8 t + 2 n + e. Lane t of a quad, which holds the
@@ -123,8 +123,7 @@ struct Bf16StateWorker : StateWorker<Variant> {
   }
 };
 
-// One thread: takes tickets, waits for the head's states, loads 64 key blocks of them and their
-// mask words a stage.
+// One thread: takes tickets, waits for states, loads one step of them and their mask words a stage.
 template <class Variant>
 __device__ __forceinline__ void load_bf16_tiles(const LinearArgs& args,
                                                 typename Variant::Smem& smem) {
@@ -133,25 +132,30 @@ __device__ __forceinline__ void load_bf16_tiles(const LinearArgs& args,
   const Shape& shape = args.p.shape;
   const int tickets = shape.num_bh * args.head_tiles;
   RingCursor<Smem::kTileStages> ring;
-  int ready_bh = -1;
+  int ready_bh = -1, ready = 0;  // the states of this head before this block are stored
+  wait_predecessor();            // it makes the mask
   for (int ticket = take_tile_ticket(args); ticket < tickets;) {
     const int next_ticket = take_tile_ticket(args);  // on its way while this one's steps are loaded
     const Bf16Tile tile = bf16_tile(args, kHeadDim, ticket);
     if (tile.bh != ready_bh) {
-      wait_counter(states_ready(args, tile.bh), shape.num_k_blocks);
       ready_bh = tile.bh;
+      ready = 0;
     }
     const int slot = tile.bh % args.p.state_slots, row0 = tile.first_block * kRowBlock;
+    for (int block = 0; block < shape.num_k_blocks;) {
+      if (block >= ready) ready = wait_states(args, tile.bh, block);
+      const int end = min(ready, shape.num_k_blocks);
 #pragma unroll 1
-    for (int block = 0; block < shape.num_k_blocks; block += kBlockK) {
-      auto& stage = smem.tile[ring.stage];
-      const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
-      mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-      smem.tile_ticket[ring.stage] = ticket;
-      mbarrier_expect(full, sizeof(stage));
-      tensor_load(smem_address(stage.state), &args.state, tile.column0, block, slot, full);
-      tensor_load(smem_address(stage.mask), &args.mask, row0, block / 32, tile.bh, full);
-      ring.advance();
+      for (; block < end; block += kStepBlocks) {
+        auto& stage = smem.tile[ring.stage];
+        const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
+        mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+        smem.tile_ticket[ring.stage] = ticket;
+        mbarrier_expect(full, sizeof(stage));
+        tensor_load(smem_address(stage.state), &args.state, tile.column0, block, slot, full);
+        tensor_load(smem_address(stage.mask), &args.mask, row0, block / 32, tile.bh, full);
+        ring.advance();
+      }
     }
     ticket = next_ticket;
   }
@@ -218,7 +222,7 @@ struct Bf16ComplementWorker {
     const auto b_tile = [&] { return uniform(smem_address(smem.tile[ring.stage].state)); };
     uint32_t state = b_tile();
     make_operands(a[0], 0);
-    for (int next = kBlockK;; next += kBlockK) {
+    for (int next = kStepBlocks;; next += kStepBlocks) {
       const bool more = next < args.p.shape.num_k_blocks;
       const int stage = ring.stage;
 #pragma unroll
@@ -302,7 +306,7 @@ struct Bf16ComplementWorker {
   }
 
   __device__ __forceinline__ void skip() {
-    for (int block = 0; block < args.p.shape.num_k_blocks; block += kBlockK) {
+    for (int block = 0; block < args.p.shape.num_k_blocks; block += kStepBlocks) {
       wait_full();
       release(ring.stage);
       ring.advance();
@@ -385,7 +389,7 @@ struct LinearBf16 {
     const uint64_t blocks = p.shape.num_k_blocks, slots = p.state_slots;
     const cudaError_t status =
         encode_tensor_map<3>(args.state, p.state, {kColumns, blocks, slots},
-                             {kColumns * 2, blocks * kColumns * 2}, {kPanel, kBlockK, 1});
+                             {kColumns * 2, blocks * kColumns * 2}, {kPanel, kStepBlocks, 1});
     if (status != cudaSuccess) return status;
     return encode_mask(args.mask, p, kTileBlocks * kRowBlock);
   }

@@ -11,8 +11,7 @@ namespace sla2 {
 // A complement tile: the two segments of a line by up to 128 query blocks, which are the N of its
 // products: what T_m leaves, in the smallest number of equal tiles.
 constexpr int kTileQueries = 128;
-constexpr int kStepBlocks = 64;  // key blocks of a step
-constexpr int kMaskWarps = 2;    // a step each
+constexpr int kMaskWarps = 2;  // a step each
 struct alignas(16) E4m3Tile {
   int bh, line, row0;  // bh negative: no more tiles; row0: first query block
 };
@@ -28,9 +27,9 @@ __device__ __forceinline__ int e4m3_steps(const LinearArgs& args) {
   return (args.p.shape.num_k_blocks + 2 * kStepBlocks - 1) / (2 * kStepBlocks) * 2;
 }
 
-// One thread: takes tickets, waits for the head's states, loads one step of them and of the mask's
-// words a stage. A step of the products takes some 500 cycles, and this one's instructions follow
-// one another at five or more: what can be is done once a tile.
+// One thread: takes tickets, waits for states, loads one step of them and of the mask's words a
+// stage. A step of the products takes some 500 cycles, and this one's instructions follow one
+// another at five or more: what can be is done outside of the inner loop.
 template <class Variant>
 __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
                                                 typename Variant::Smem& smem) {
@@ -40,26 +39,31 @@ __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
   const int step_bytes = Smem::kTileBytes + 2 * 4 * args.tile_rows;
   const int blocks = e4m3_steps(args) * kStepBlocks;
   RingCursor<Smem::kTileStages> ring;
-  int ready_bh = -1;
+  int ready_bh = -1, ready = 0;  // the states of this head before this block are stored
+  wait_predecessor();            // it makes the mask
   for (int ticket = take_tile_ticket(args); ticket < tickets;) {
     const int next_ticket = take_tile_ticket(args);  // on its way while this one's steps are loaded
     const E4m3Tile tile = e4m3_tile<Variant::kHeadDim>(args, ticket);
     if (tile.bh != ready_bh) {
-      wait_counter(states_ready(args, tile.bh), shape.num_k_blocks);
       ready_bh = tile.bh;
+      ready = 0;
     }
     const int slot = tile.bh % args.p.state_slots;
+    for (int block = 0; block < blocks;) {
+      if (block >= ready) ready = wait_states(args, tile.bh, block);
+      const int end = min(ready, blocks);
 #pragma unroll 1
-    for (int block = 0; block < blocks; block += kStepBlocks) {
-      const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
-      mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-      smem.tile_of[ring.stage] = tile;
-      mbarrier_expect(full, step_bytes);
-      tensor_load(smem_address(smem.tile[ring.stage]), &args.state, tile.line * 128, block, slot,
-                  full);
-      tensor_load(smem_address(smem.words[ring.stage]), &args.mask, tile.row0, block / 32, tile.bh,
-                  full);
-      ring.advance();
+      for (; block < end; block += kStepBlocks) {
+        const uint32_t full = smem_address(&smem.tile_full[ring.stage]);
+        mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+        smem.tile_of[ring.stage] = tile;
+        mbarrier_expect(full, step_bytes);
+        tensor_load(smem_address(smem.tile[ring.stage]), &args.state, tile.line * 128, block, slot,
+                    full);
+        tensor_load(smem_address(smem.words[ring.stage]), &args.mask, tile.row0, block / 32,
+                    tile.bh, full);
+        ring.advance();
+      }
     }
     ticket = next_ticket;
   }

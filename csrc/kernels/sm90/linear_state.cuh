@@ -34,7 +34,7 @@ struct StateServer {
       if (next + args.p.state_slots < args.p.shape.num_bh) {
         const int* reads = tiles_done(args, next + args.p.state_slots);
         if (read_counter(reads) < args.head_reads) return false;
-        wait_counter(reads, args.head_reads);  // for its fences
+        acquire_counted();
       }
       slot = next % args.p.state_slots;
     }
@@ -77,18 +77,19 @@ struct StateServer {
   }
 
   // Sends off the oldest state, if the workers have made it, and takes its stage back as soon as
-  // that is read. The head it belongs to, or -1.
-  __device__ __forceinline__ int store() {
+  // that is read. The task it belongs to; bh is negative if there is no state to publish.
+  __device__ __forceinline__ StateTask store() {
+    constexpr StateTask kNone = {-1, 0, 0};
     const int i = publishing.stage;
     if (taken == 0 || !mbarrier_test(smem_address(&smem.state_made[i]), publishing.parity)) {
-      return -1;
+      return kNone;
     }
     const StateTask task = smem.state_task[i];
     if (args.p.state != nullptr) Variant::store_state(args, smem, i, task);
     bulk_store_wait_read();
     publishing.advance();
     --taken;
-    return args.p.state != nullptr ? task.bh : -1;
+    return args.p.state != nullptr ? task : kNone;
   }
 
   // A stage whose state leaves is loaded again first: the copy and the release that publish the
@@ -97,15 +98,15 @@ struct StateServer {
     const int blocks = args.p.shape.num_k_blocks, tickets = args.p.shape.num_bh * blocks;
     int ticket = take_state_ticket(args), next_ticket = take_state_ticket(args);
     while (ticket < tickets || taken > 0) {
-      const int stored_bh = store();
+      const StateTask stored = store();
       if (ticket < tickets && taken < Smem::kStateStages && enter(head_at(args, ticket / blocks))) {
         load(ticket % blocks);
         ticket = next_ticket;
         next_ticket = take_state_ticket(args);  // 600 cycles, until after the next load
       }
-      if (stored_bh >= 0) {
+      if (stored.bh >= 0) {
         bulk_store_wait();
-        release_increment(states_ready(args, stored_bh));
+        release_state(args, stored.bh, stored.block);
       }
     }
     for (int i = 0; i < kStateGroups; ++i) {  // all stages are free: one end for each warpgroup

@@ -201,6 +201,7 @@ template <int kHeadDim>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 2)
     route_kernel(const __grid_constant__ RouteParams p, const __grid_constant__ RouteSmem s) {
   extern __shared__ __align__(128) char smem[];
+  trigger_dependents();
   const int num_rows = p.shape.num_q_blocks, num_keys = p.shape.num_k_blocks;
   const int groups = (num_rows + kQueryTile - 1) / kQueryTile, pitch = row_pitch(num_keys);
   const int bh = blockIdx.x / kCluster / groups;
