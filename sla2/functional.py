@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, ops_soft
+from . import ops_bwd as ops_bwd  # registers the gradient of what ops registers
 from .block_map import BlockMap
 from .checks import (
     MODES,

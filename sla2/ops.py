@@ -1,12 +1,15 @@
-"""SLA2 as PyTorch operators, `torch.ops.sla2.*`; the only caller of the compiled module `_C`.
+"""SLA2 as PyTorch operators, `torch.ops.sla2.*`: routing and the hard forward pass.
+
+`sla2.ops_bwd` has their gradients and `sla2.ops_soft` stage 1. This module and `ops_bwd` are the
+only callers of the compiled module `_C`.
 
 Each operator is functional: it writes no input, its outputs are new contiguous tensors, and its
 fake gives their shapes from symbolic sizes, so `torch.compile`, CUDA graphs, selective
 checkpointing and export see one opaque node. q, k, v, the output and their gradients are in
 `layout`, "BNHD" or "BHND".
 
-Devices: the CPU runs `sla2.blockwise`; CUDA runs the kernels for routing and the hard forward pass,
-and `sla2.blockwise` on the GPU for gradients and the soft mode (correct, slower).
+Devices: the CPU runs `sla2.blockwise`; CUDA runs the kernels for routing and the hard mode, forward
+and backward, and `sla2.blockwise` on the GPU for the soft mode (correct, slower).
 
 The kernels read 16 bytes at a time. A CUDA tensor whose address, or batch, token or head stride, is
 not a multiple of 16 bytes is copied first; any other strides, zero included, are used as they are.
@@ -108,10 +111,6 @@ def _saved_sparse(q: Tensor, branch: str, save_for_backward: bool) -> Tensor:
 
 def empty_grads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return empty_like(q), empty_like(k), empty_like(v)
-
-
-def _zeros_like_alpha(q: Tensor, alpha_logit: Tensor | None) -> Tensor:
-    return q.new_empty((0,)) if alpha_logit is None else empty_like(alpha_logit).zero_()
 
 
 # ---- the compiled module ------------------------------------------------------------------------
@@ -381,50 +380,6 @@ def _route_attn_fwd(
     return *fwd, lut, counts
 
 
-def _attn_bwd(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out_sparse: Tensor,
-    lse: Tensor,
-    lut: Tensor,
-    counts: Tensor,
-    alpha_logit: Tensor | None,
-    scale: float,
-    branch: str,
-    smooth_k: bool,
-    phi_input: str,
-    layout: str,
-) -> tuple[Tensor, ...]:
-    """Gradients of `attn_fwd`, on the unquantised inputs whatever `quant` was.
-
-    The gradient of alpha_logit is empty where there is none.
-    """
-    check_device(q)
-    if q.numel() == 0:
-        return *empty_grads(q, k, v), _zeros_like_alpha(q, alpha_logit)
-    grad_q, grad_k, grad_v, grad_alpha = blockwise.attn_bwd(
-        bnhd(grad_out, layout),
-        bnhd(q, layout),
-        bnhd(k, layout),
-        bnhd(v, layout),
-        bnhd(out_sparse, layout) if branch != "linear" else out_sparse,
-        lse,
-        lut,
-        counts,
-        alpha_logit,
-        scale=scale,
-        branch=branch,
-        smooth_k=smooth_k,
-        phi_input=phi_input,
-    )
-    if grad_alpha is None:
-        grad_alpha = q.new_empty((0,))
-    grads = (in_layout(g, layout) for g in (grad_q, grad_k, grad_v))
-    return *grads, grad_alpha
-
-
 # ---- registration -------------------------------------------------------------------------------
 
 _QKV = "Tensor q, Tensor k, Tensor v"
@@ -453,14 +408,6 @@ route_attn_fwd = torch.library.custom_op(
     "str quant, bool smooth_k, str phi_input, str layout, bool save_for_backward) "
     "-> (Tensor out, Tensor lse, Tensor out_sparse, Tensor lut, Tensor counts)",
 )
-attn_bwd = torch.library.custom_op(
-    "sla2::attn_bwd",
-    _attn_bwd,
-    mutates_args=(),
-    schema=f"(Tensor grad_out, {_QKV}, Tensor out_sparse, Tensor lse, Tensor lut, Tensor counts, "
-    "Tensor? alpha_logit, float scale, str branch, bool smooth_k, str phi_input, str layout) "
-    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_alpha_logit)",
-)
 
 
 @route.register_fake
@@ -483,17 +430,7 @@ def _route_attn_fwd_fake(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return empty_like(q), new_lse(q, layout), out_sparse, *lists
 
 
-@attn_bwd.register_fake
-def _attn_bwd_fake(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    alpha_logit = args[4]
-    grad_alpha = q.new_empty((0,)) if alpha_logit is None else empty_like(alpha_logit)
-    return *empty_grads(q, k, v), grad_alpha
-
-
 attn_fwd.register_autograd(autograd.attn_backward, setup_context=autograd.attn_setup)
 route_attn_fwd.register_autograd(
     autograd.route_attn_backward, setup_context=autograd.route_attn_setup
 )
-attn_bwd.register_autograd(autograd.no_second_order)

@@ -28,9 +28,9 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KERNELS = "csrc/kernels"
-FORWARD, MEMORY, VALUES, RUNTIME, SANITIZER = (
+FORWARD, BACKWARD, MEMORY, VALUES, RUNTIME, SANITIZER = (
     f"tests/gpu/test_gpu_{name}.py"
-    for name in ("forward", "memory", "values", "runtime", "sanitizer")
+    for name in ("forward", "backward", "memory", "values", "runtime", "sanitizer")
 )
 INSTANCES = f"{FORWARD}::test_instance"
 RACES = (f"{SANITIZER}::test_tool_reports_nothing[portable-racecheck]",)
@@ -64,6 +64,10 @@ POOL = f"{KERNELS}/portable/pool.cu"
 ROUTER = f"{KERNELS}/portable/router.cu"
 CONVERT = f"{KERNELS}/common/convert.cuh"
 LAYOUT = f"{KERNELS}/common/layout.cuh"
+BWD_ROWS = f"{KERNELS}/sm80/bwd_rows.cu"
+BWD_COLUMNS = f"{KERNELS}/sm80/bwd_columns.cu"
+BWD_KEYS = f"{KERNELS}/sm80/bwd_columns_linear.cuh"
+BWD_FINISH = f"{KERNELS}/portable/bwd_finish.cu"
 ATTENTION_SM90 = f"{KERNELS}/sm90/attn_fwd.cuh"
 INPUTS_SM90 = f"{KERNELS}/sm90/attn_inputs.cuh"
 OUTPUT_SM90 = f"{KERNELS}/sm90/attn_output.cuh"
@@ -180,7 +184,7 @@ FAULTS = (
     ),
     Fault(
         "phi of tokens past the end", STATE,
-        "r < tokens ? reciprocal_approx(sum) : 0.f", "reciprocal_approx(sum)",
+        "feature_map<kLanesPerRow>(x, r < tokens);", "feature_map<kLanesPerRow>(x, true);",
     ),
     Fault(
         "phi_input ignored", STATE,
@@ -251,6 +255,53 @@ FAULTS = (
             f"{RUNTIME}::test_side_stream_waits_for_its_producer",
             f"{RUNTIME}::test_graph_replays_with_other_inputs",
         ),
+    ),
+    Fault(
+        "scale missing in dQ", BWD_ROWS,
+        "[&](int, int) { return p.softmax_scale; }", "[](int, int) { return 1.f; }",
+        (f"{BACKWARD}::test_lengths",),
+    ),
+    Fault(
+        "tail mask of dQ dropped", BWD_ROWS,
+        "if (valid < C::kStepKeys) mask_columns(s, valid);", "",
+        (f"{BACKWARD}::test_lengths",),
+    ),
+    Fault(
+        "mean of K left in dQ", BWD_ROWS,
+        "dq[m][n][i] -= row_sums[m][i / 2 * 2] * (i % 2 == 0 ? x.x : x.y);", "(void)x;",
+        (f"{BACKWARD}::test_after_a_low_bit_forward_pass",),
+    ),
+    Fault(
+        "gradient of a full row's states not zeroed", BWD_ROWS,
+        "reinterpret_cast<uint4*>(dstate)[i] = make_uint4(0, 0, 0, 0);", "",
+        (f"{BACKWARD}::test_poisoned_buffers",),
+    ),
+    Fault(
+        "barrier before the next dO skipped", BWD_COLUMNS,
+        "__syncthreads();  // Q may be overwritten", "",
+        (f"{BACKWARD}::test_lengths", f"{BACKWARD}::test_a_column_in_parts"),
+    ),
+    Fault(
+        "last part of a column lost", BWD_COLUMNS,
+        "for (int i = 0; i < parts; ++i) {", "for (int i = 0; i < parts - 1; ++i) {",
+        (f"{BACKWARD}::test_a_column_in_parts",),
+    ),
+    Fault(
+        "dV = for dV +=", BWD_COLUMNS,
+        "add_value_gradient<C>(dv, p_tile, dh_tile);",
+        "for_each_vector<C>([&](int m, int n, int) { dv[m][n][0] = 0.f; });\n"
+        "    add_value_gradient<C>(dv, p_tile, dh_tile);",
+        (f"{BACKWARD}::test_lengths",),
+    ),
+    Fault(
+        "keys past the end in dK's mean", BWD_KEYS,
+        "if (place.row(m, 2 * half) >= valid) continue;", "",
+        (f"{BACKWARD}::test_lengths",),
+    ),
+    Fault(
+        "gradient of alpha not summed over the batch", BWD_FINISH,
+        "bh += shared ? 1 : p.shape.num_heads", "bh += p.shape.num_bh",
+        (f"{BACKWARD}::test_options",),
     ),
 )  # fmt: skip
 

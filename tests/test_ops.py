@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 import sla2
-from sla2 import blockwise, ops, ops_soft
+from sla2 import blockwise, ops, ops_bwd, ops_soft
 
 D = 16
 
@@ -131,7 +131,7 @@ def test_opcheck_attn_bwd(branch: str) -> None:
     saved = out if branch == "sparse" else out_sparse
     alpha = t.alpha if branch == "both" else None
     rest = (saved, lse, t.lut, t.counts, alpha, 0.25, branch, True, "smoothed", "BNHD")
-    torch.library.opcheck(ops.attn_bwd, (out, t.q, t.k, t.v, *rest))
+    torch.library.opcheck(ops_bwd.attn_bwd, (out, t.q, t.k, t.v, *rest))
 
 
 @pytest.mark.parametrize("layout", ["BNHD", "BHND"])

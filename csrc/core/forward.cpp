@@ -13,6 +13,7 @@
 #include "core/device.h"
 #include "core/error.h"
 #include "core/nvtx.h"
+#include "core/pipeline.h"
 #include "core/validate.h"
 #include "kernels/common/params.h"
 #include "sla2/sla2.h"
@@ -40,23 +41,6 @@ int state_slots(int heads, int64_t head_bytes) {
 // and 4.4e-3 with 313; longer lists than this are left to the portable kernels by path auto and
 // refused by path sm90.
 constexpr int kMaxBlocksSm90Fp8 = 128;
-
-// Hands out 256-byte aligned pieces of the workspace; with a null base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + used_);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return piece;
-  }
-  size_t used() const { return static_cast<size_t>(used_); }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
 
 struct RouteBuffers {
   bool fused;  // sm90
@@ -186,31 +170,6 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
     buffers.z = arena.take<float>(q_rows * (buffers.sm90 ? z_parts(quant) : 2) * d);
   }
   return buffers;
-}
-
-TensorView view(const sla2_tensor& tensor) {
-  return {tensor.data, tensor.stride_batch, tensor.stride_token, tensor.stride_head};
-}
-
-void require_workspace(const Arena& arena, const void* workspace, size_t bytes) {
-  require(bytes >= arena.used(), "workspace_bytes is ", bytes, ": ", arena.used(), " are needed");
-  require(arena.used() == 0 || workspace != nullptr, "workspace is null");
-  require(reinterpret_cast<uintptr_t>(workspace) % 256 == 0, "workspace is not 256-byte aligned");
-}
-
-void require_support(int dtype, int head_dim, int quant, int path) {
-  const std::string reasons =
-      not_supported_reasons(device_info(current_device()), dtype, head_dim, quant, path);
-  if (!reasons.empty()) throw Error(SLA2_UNSUPPORTED, reasons);
-}
-
-void run_pool(const Shape& shape, const sla2_shape& given, PoolParams pool, ReduceParams reduce) {
-  const std::string problem = describe(given);
-  pool.shape = reduce.shape = shape;
-  if (pool.q_mean != nullptr || pool.k_sum != nullptr || pool.v_amax_partial != nullptr) {
-    check_launch(launch_pool(pool, given.dtype, given.head_dim), "pool", problem);
-  }
-  check_launch(launch_reduce(reduce, given.head_dim), "reduce", problem);
 }
 
 // Pooled means to block lists; the fused kernel also writes the complement's bits to `mask` unless
@@ -363,8 +322,6 @@ void run_attention(const Shape& shape, const sla2_attn_fwd_params& p, const Buff
   check_launch(launch(attn, p.shape.dtype, p.shape.head_dim, sparse_quant(p)), "attn_fwd",
                describe(p.shape));
 }
-
-bool is_empty(const Shape& shape) { return shape.num_bh == 0 || shape.seqlen == 0; }
 
 }  // namespace
 }  // namespace sla2

@@ -114,4 +114,29 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
           "alpha_logit is null with both branches");
 }
 
+void validate_attn_bwd(const sla2_attn_bwd_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
+  require(params.softmax_scale > 0.f, "softmax_scale is ", params.softmax_scale,
+          ": it must be positive");
+  if (shape.num_bh == 0 || shape.seqlen == 0) return;
+  validate_tensor(params.q, "q", params.shape);
+  validate_tensor(params.k, "k", params.shape);
+  validate_tensor(params.v, "v", params.shape);
+  validate_tensor(params.grad_out, "grad_out", params.shape);
+  validate_tensor(params.grad_q, "grad_q", params.shape);
+  validate_tensor(params.grad_k, "grad_k", params.shape);
+  validate_tensor(params.grad_v, "grad_v", params.shape);
+  if (params.branch != SLA2_BRANCH_LINEAR) {
+    validate_tensor(params.out_sparse, "out_sparse", params.shape);
+    require(params.lse != nullptr, "lse is null");
+  }
+  validate_lists(params.lists, shape.num_k_blocks);
+  require(params.branch != SLA2_BRANCH_BOTH || params.alpha_logit != nullptr,
+          "alpha_logit is null with both branches");
+  require(params.branch != SLA2_BRANCH_BOTH || params.grad_alpha_logit != nullptr,
+          "grad_alpha_logit is null with both branches");
+}
+
 }  // namespace sla2

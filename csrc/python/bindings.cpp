@@ -22,7 +22,8 @@ using TensorTuple =
     std::tuple<Pointer, int64_t, int64_t, int64_t>;  // data, strides of batch, token, head
 using OptionsTuple = std::tuple<int, int, int, bool, bool,
                                 float>;  // quant, branch, path, phi_raw_k, smooth_k, scale
-using AlphaTuple = std::tuple<Pointer, int64_t, bool>;  // data, stride of head, per token
+using GradOptionsTuple = std::tuple<int, bool, bool, float>;  // branch, phi_raw_k, smooth_k, scale
+using AlphaTuple = std::tuple<Pointer, int64_t, bool>;        // data, stride of head, per token
 using RouterTuple = std::tuple<Pointer, Pointer, int64_t, Pointer, int, int>;
 using ListsTuple = std::tuple<Pointer, Pointer, int>;  // lut, counts, K
 using WorkspaceTuple = std::tuple<Pointer, size_t>;
@@ -68,6 +69,21 @@ void set_options(sla2_attn_fwd_params& params, const OptionsTuple& t) {
   params.softmax_scale = std::get<5>(t);
 }
 
+void set_options(sla2_attn_bwd_params& params, const GradOptionsTuple& t) {
+  params.branch = std::get<0>(t);
+  params.phi_raw_k = std::get<1>(t);
+  params.smooth_k = std::get<2>(t);
+  params.softmax_scale = std::get<3>(t);
+}
+
+template <typename Params>
+void set_alpha(Params& params, const std::optional<AlphaTuple>& alpha) {
+  if (!alpha) return;
+  params.alpha_logit = pointer<const float>(std::get<0>(*alpha));
+  params.alpha_stride_head = std::get<1>(*alpha);
+  params.alpha_per_token = std::get<2>(*alpha);
+}
+
 size_t attn_fwd_workspace(const ShapeTuple& shape, const OptionsTuple& options, bool routed,
                           int max_kv_blocks) {
   static const float kAnyProjection = 0.f;  // only its presence counts
@@ -97,11 +113,7 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
   params.out = to_tensor(out);
   if (out_sparse) params.out_sparse = to_tensor(*out_sparse);
   params.lse = pointer<float>(lse);
-  if (alpha) {
-    params.alpha_logit = pointer<const float>(std::get<0>(*alpha));
-    params.alpha_stride_head = std::get<1>(*alpha);
-    params.alpha_per_token = std::get<2>(*alpha);
-  }
+  set_alpha(params, alpha);
   if (router) params.router = to_router(*router);
   params.lists = to_lists(lists);
   params.workspace = pointer<void>(std::get<0>(workspace));
@@ -109,6 +121,50 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
   params.stream = pointer<CUstream_st>(stream);
   py::gil_scoped_release release;
   const sla2_status status = sla2_attn_fwd(&params);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
+size_t attn_bwd_workspace(const ShapeTuple& shape, const GradOptionsTuple& options,
+                          bool alpha_per_token, int max_kv_blocks) {
+  sla2_attn_bwd_params params = {};
+  params.size = sizeof(params);
+  params.shape = to_shape(shape);
+  set_options(params, options);
+  params.alpha_per_token = alpha_per_token;
+  params.lists.max_kv_blocks = max_kv_blocks;
+  size_t bytes = 0;
+  check(sla2_attn_bwd_workspace(&params, &bytes));
+  return bytes;
+}
+
+void attn_bwd(const ShapeTuple& shape, const GradOptionsTuple& options, const TensorTuple& q,
+              const TensorTuple& k, const TensorTuple& v, const TensorTuple& grad_out,
+              const std::optional<TensorTuple>& out_sparse, Pointer lse,
+              const std::optional<AlphaTuple>& alpha, const ListsTuple& lists,
+              const TensorTuple& grad_q, const TensorTuple& grad_k, const TensorTuple& grad_v,
+              Pointer grad_alpha_logit, const WorkspaceTuple& workspace, Pointer stream) {
+  sla2_attn_bwd_params params = {};
+  params.size = sizeof(params);
+  params.shape = to_shape(shape);
+  set_options(params, options);
+  params.q = to_tensor(q);
+  params.k = to_tensor(k);
+  params.v = to_tensor(v);
+  params.grad_out = to_tensor(grad_out);
+  if (out_sparse) params.out_sparse = to_tensor(*out_sparse);
+  params.lse = pointer<const float>(lse);
+  set_alpha(params, alpha);
+  params.lists = to_lists(lists);
+  params.grad_q = to_tensor(grad_q);
+  params.grad_k = to_tensor(grad_k);
+  params.grad_v = to_tensor(grad_v);
+  params.grad_alpha_logit = pointer<float>(grad_alpha_logit);
+  params.workspace = pointer<void>(std::get<0>(workspace));
+  params.workspace_bytes = std::get<1>(workspace);
+  params.stream = pointer<CUstream_st>(stream);
+  py::gil_scoped_release release;
+  const sla2_status status = sla2_attn_bwd(&params);
   py::gil_scoped_acquire acquire;
   check(status);
 }
@@ -167,6 +223,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("stream"));
   m.def("attn_fwd_workspace", &attn_fwd_workspace, py::kw_only(), py::arg("shape"),
         py::arg("options"), py::arg("routed"), py::arg("max_kv_blocks"));
+  m.def("attn_bwd", &attn_bwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"),
+        py::arg("k"), py::arg("v"), py::arg("grad_out"), py::arg("out_sparse"), py::arg("lse"),
+        py::arg("alpha"), py::arg("lists"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"),
+        py::arg("grad_alpha_logit"), py::arg("workspace"), py::arg("stream"));
+  m.def("attn_bwd_workspace", &attn_bwd_workspace, py::kw_only(), py::arg("shape"),
+        py::arg("options"), py::arg("alpha_per_token"), py::arg("max_kv_blocks"));
   m.def("route", &route, py::kw_only(), py::arg("shape"), py::arg("path"), py::arg("smooth_k"),
         py::arg("q"), py::arg("k"), py::arg("router"), py::arg("lists"), py::arg("scores"),
         py::arg("workspace"), py::arg("stream"));

@@ -31,7 +31,8 @@ def lists(q: Tensor, rows: list[int], count: int) -> sla2.BlockMap:
 def run_case(
     dtype: torch.dtype, head_dim: int, quant: str, seqlen: int, heads: int, hostile: bool
 ) -> None:
-    """The routed operation, and by map all branches; `hostile`: maps with invalid entries."""
+    """The routed operation, and by map all branches and their gradients; `hostile`: maps with
+    invalid entries."""
     generator = torch.Generator().manual_seed(seqlen)
 
     def randn(*shape: int) -> Tensor:
@@ -54,6 +55,10 @@ def run_case(
         )  # fmt: skip
         assert routed[0].cpu().isfinite().all()
         maps.append(sla2.route(q, k, proj_q=proj, proj_k=proj, num_kv_blocks=count))
+    # The gradient's kernels do not know `quant`.
+    leaves = [x.requires_grad_(quant == "none") for x in (q, k, v, alpha)]
+    q, k, v, alpha = leaves
+    ones = torch.ones(q.shape, dtype=dtype).cuda()
     for block_map in maps:
         out: Any = sla2.sla2_attention(
             q, k, v, proj_q=None, proj_k=None, alpha_logit=alpha, quant=quant, block_map=block_map
@@ -64,6 +69,9 @@ def run_case(
         linear = sla2.complement_linear_attention(q, k, v, block_map, phi_input="raw")
         for x in (out, sparse[0], linear):
             assert x.cpu().isfinite().all()
+            if quant == "none":
+                for grad in torch.autograd.grad(x, leaves, ones, allow_unused=True):
+                    assert grad is None or grad.cpu().isfinite().all()
 
 
 def main() -> None:

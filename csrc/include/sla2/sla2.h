@@ -138,13 +138,45 @@ typedef struct sla2_attn_fwd_params {
   cudaStream_t stream;
 } sla2_attn_fwd_params;
 
+// Gradients of the attention over given lists, of unquantised q, k and v whatever quant was. q, k,
+// v, the lists, alpha and the options are those of the forward call, out_sparse and lse what it
+// wrote.
+typedef struct sla2_attn_bwd_params {
+  size_t size;
+  sla2_shape shape;
+  int32_t branch;     // sla2_branch
+  int32_t phi_raw_k;  // as in sla2_attn_fwd_params, like the next two
+  int32_t smooth_k;
+  float softmax_scale;
+  sla2_tensor q;             // [B, N, H, D]
+  sla2_tensor k;             // [B, N, H, D]
+  sla2_tensor v;             // [B, N, H, D]
+  sla2_tensor grad_out;      // [B, N, H, D] gradient of out
+  sla2_tensor out_sparse;    // [B, N, H, D]; not read when branch is LINEAR
+  const float* lse;          // [B, H, N]; not read when branch is LINEAR
+  const float* alpha_logit;  // as in the forward call; read when branch is BOTH
+  int64_t alpha_stride_head;
+  int32_t alpha_per_token;
+  sla2_block_lists lists;   // an input
+  sla2_tensor grad_q;       // [B, N, H, D] outputs
+  sla2_tensor grad_k;       // [B, N, H, D]
+  sla2_tensor grad_v;       // [B, N, H, D]
+  float* grad_alpha_logit;  // addressed like alpha_logit, summed over what shares an entry; output
+                            // when branch is BOTH
+  void* workspace;          // sla2_attn_bwd_workspace() bytes, 256-byte aligned
+  size_t workspace_bytes;
+  cudaStream_t stream;
+} sla2_attn_bwd_params;
+
 // Bytes of device memory an operation needs besides its inputs and outputs; a function of shapes,
 // options and the kind of the present device alone.
 SLA2_API sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes);
 SLA2_API sla2_status sla2_attn_fwd_workspace(const sla2_attn_fwd_params* params, size_t* bytes);
+SLA2_API sla2_status sla2_attn_bwd_workspace(const sla2_attn_bwd_params* params, size_t* bytes);
 
 SLA2_API sla2_status sla2_route(const sla2_route_params* params);
 SLA2_API sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params);
+SLA2_API sla2_status sla2_attn_bwd(const sla2_attn_bwd_params* params);
 
 // The present device's answer to "would sla2_attn_fwd run?": SLA2_OK, or SLA2_UNSUPPORTED with
 // every reason in sla2_last_error().

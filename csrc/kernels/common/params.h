@@ -1,5 +1,5 @@
-// Arguments of every kernel launcher: plain structs filled by core/forward.cpp. A launcher enqueues
-// on `stream` and returns the launch error.
+// Arguments of every kernel launcher: plain structs filled by core/forward.cpp and
+// core/backward.cpp. A launcher enqueues on `stream` and returns the launch error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -215,6 +215,90 @@ struct RouteParams {
   cudaStream_t stream;
 };
 
+// ---- Backward pass ----
+
+// Places for the gradient of linear-branch states, of the same layout as the states:
+//   dstate_q: dH_i = w^T dO_l and dZ_i of query block i, bf16 [bh_count, T_m, state_elements]
+//   dh, dz:   dh_j = sum_i (1 - M_ij) dH_i of key block j, bf16 [bh_count, T_n, D, D], and dz_j,
+//             [bh_count, T_n, 2, D], its sum in two parts
+//
+// The lists by key block ("column"): which query blocks list it, ascending. A long column is cut
+// into parts, each an item of its own, that leave their sums in slots.
+struct ColumnLists {
+  int* counts;      // [BH, T_n] query blocks that list the key block
+  int* offsets;     // [BH, T_n] start of its list in the head's part of `rows`
+  uint16_t* rows;   // [BH, T_m * K] query blocks, ascending
+  int* slots;       // [BH, T_n] first slot of a cut column, -1: not cut
+  int* arrived;     // [BH, T_n] parts that have left their sums, zero at first
+  uint32_t* items;  // [BH, num_items] column | part << 16, longest first, then kNoItem
+  int64_t rows_per_head;
+  int split_blocks;  // a part has at most this many query blocks, as long as slots last
+  int num_items, num_slots;
+};
+constexpr uint32_t kNoItem = 0xffffffffu;
+
+struct ColumnListParams {
+  Shape shape;
+  const uint32_t* mask;       // 1 - M as bits, [BH, mask_words(T_n), mask_pitch(T_m)]
+  uint32_t* mask_transposed;  // [BH, mask_words(T_m), mask_pitch(T_n)] or null
+  ColumnLists columns;
+  cudaStream_t stream;
+};
+
+// Gradients for heads [bh_begin, bh_begin + bh_count), first by query block, then by key block.
+// Arrays of "[bh_count, ...]" hold these heads alone.
+struct AttnBwdParams {
+  Shape shape;
+  int bh_begin, bh_count;
+  TensorView q, k, v, grad_out;
+  TensorView out_sparse;     // not read when branch is linear
+  TensorView dq, dk, dv;     // outputs
+  const float* lse;          // [BH, N], of smoothed K; not read when branch is linear
+  const uint16_t* lut;       // [BH, T_m, K]
+  const int* counts;         // [BH, T_m]
+  int max_kv_blocks;         // K
+  const float* k_mean;       // [BH, D]
+  const float* alpha_logit;  // read when branch is both
+  int64_t alpha_stride_head;
+  int alpha_per_token;
+  int branch;
+  int phi_raw_k;
+  float softmax_scale;
+  // Row statistics, [bh_count, T_m * 128], rows past the end +inf and 0: alpha P is
+  // 2^(log2(e) scale S - row_shift) with S of raw K, dS is alpha P (dO V^T - row_delta).
+  float* row_shift;
+  float* row_delta;
+  float* alpha_partial;  // [BH, T_m or N] d alpha_logit of each head; null: not wanted
+  // Linear branch; all null without it
+  const uint16_t* h;  // bf16 [bh_count, T_m, D, D]
+  const float* z;     // [bh_count, T_m, 2, D]
+  uint16_t* dstate_q;
+  const uint16_t* dh;
+  const float* dz;
+  ColumnLists columns;
+  float* partials;  // [bh_count, num_slots, 2, 64, D]
+  float* dk_sum;    // [BH, T_n, D] sums over the block of what smoothing acts on, or null
+  cudaStream_t stream;
+};
+
+// dK <- dK - mean, the gradient of K's smoothing.
+struct CentreParams {
+  Shape shape;
+  TensorView dk;
+  const float* dk_mean;  // [BH, D]
+  cudaStream_t stream;
+};
+
+// d alpha_logit, summed over the batch and, with stride_head 0, the heads.
+struct AlphaGradParams {
+  Shape shape;
+  const float* partial;  // [BH, width]
+  int width;             // T_m or N
+  float* grad;           // [H, width] with stride_head, or [width]
+  int64_t stride_head;
+  cudaStream_t stream;
+};
+
 cudaError_t launch_pool(const PoolParams&, int dtype, int head_dim);
 cudaError_t launch_reduce(const ReduceParams&, int head_dim);
 cudaError_t launch_project(const ProjectParams&, int head_dim);
@@ -232,5 +316,10 @@ int linear_counters(const Shape&);
 cudaError_t launch_linear_sm90(const LinearParams&, int dtype, int head_dim);
 cudaError_t launch_attn_fwd_sm90(const AttnParams&, int dtype, int head_dim, int quant);
 cudaError_t launch_attn_fwd_sm80(const AttnParams&, int dtype, int head_dim, int quant);
+cudaError_t launch_column_lists(const ColumnListParams&);
+cudaError_t launch_bwd_rows_sm80(const AttnBwdParams&, int dtype, int head_dim);
+cudaError_t launch_bwd_columns_sm80(const AttnBwdParams&, int dtype, int head_dim);
+cudaError_t launch_centre_keys(const CentreParams&, int dtype, int head_dim);
+cudaError_t launch_alpha_grad(const AlphaGradParams&);
 
 }  // namespace sla2

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "../common/convert.cuh"
+#include "../common/feature_map.cuh"
 #include "../common/layout.cuh"
 #include "../common/params.h"
 #include "../common/ptx.cuh"
@@ -197,20 +198,7 @@ __global__ void __launch_bounds__(kStateThreads, kMinCtas<kHeadDim, kQuant>)
     const int r = i * kRowsPerPass + row;
     float (&x)[8] = key[i];
     if (p.phi_raw_k) unpack8<Element>(key_bits[i], x);
-    float row_max = x[0];
-#pragma unroll
-    for (int c = 1; c < 8; ++c) row_max = max_nan(row_max, x[c]);
-    const float offset = -kLog2e * lane_max<kLanesPerRow>(row_max);
-    float sum = 0.f;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) {
-      x[c] = exp2_approx(fmaf(x[c], kLog2e, offset));
-      sum += x[c];
-    }
-    sum = lane_sum<kLanesPerRow>(sum);
-    const float inverse = r < tokens ? reciprocal_approx(sum) : 0.f;
-#pragma unroll
-    for (int c = 0; c < 8; ++c) x[c] *= inverse;
+    feature_map<kLanesPerRow>(x, r < tokens);
     const uint4 packed = pack8<__nv_bfloat16>(x);
     *reinterpret_cast<uint4*>(smem.tiles.phi + swizzle<kRowBytes>(r, column / 8)) = packed;
     unpack8<__nv_bfloat16>(packed, x);

@@ -11,9 +11,10 @@ namespace sla2 {
 
 // kRows rows of 16-bit values as given by the caller into a swizzled tile; rows past `valid_rows`
 // are zero.
-template <class C, int kRows>
-__device__ __forceinline__ void load_wide_rows(uint32_t tile, const typename C::Element* x,
-                                               int64_t stride_token, int valid_rows) {
+template <class C, int kRows, typename T>
+__device__ __forceinline__ void load_wide_rows(uint32_t tile, const T* x, int64_t stride_token,
+                                               int valid_rows) {
+  static_assert(sizeof(T) == 2, "16-bit values");
   constexpr int kChunks = C::kWideRowBytes / 16;
 #pragma unroll
   for (int i = 0; i < kRows * kChunks / C::kThreads; ++i) {

@@ -1,0 +1,332 @@
+// The backward pipeline:
+//
+//   pool -> reduce -> compact -> complement_mask -> column_lists -> per group of heads
+//     [linear_state -> complement -> bwd_rows -> complement -> bwd_columns]
+//     -> reduce -> centre_keys -> alpha_grad
+//
+// The second complement is the first one transposed: it sums the gradients of the states over the
+// query blocks that do not list a key block. All kernels are portable.
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+
+#include "core/device.h"
+#include "core/error.h"
+#include "core/nvtx.h"
+#include "core/pipeline.h"
+#include "core/validate.h"
+#include "kernels/common/params.h"
+#include "sla2/sla2.h"
+
+namespace sla2 {
+namespace {
+
+// States, their gradients and the partial sums of cut columns exist for a group of heads at a time:
+// 0.7 times the inputs' bytes within these limits. With O, O_s and the gradients a training step
+// then holds less than three times its inputs.
+constexpr int64_t kMinGroupBytes = 64 << 20, kMaxGroupBytes = 640 << 20;
+
+// A key block that more query blocks list than this, or than four times the average, is worked on
+// in parts. Their partial sums may take half as many bytes as the head's states.
+constexpr int64_t kSplitBlocks = 64;
+
+bool has_sparse(const sla2_attn_bwd_params& p) { return p.branch != SLA2_BRANCH_LINEAR; }
+bool has_linear(const sla2_attn_bwd_params& p) { return p.branch != SLA2_BRANCH_SPARSE; }
+
+// Of `heads` heads
+struct GroupBuffers {
+  uint16_t* state;  // then dh
+  uint16_t* h;
+  float* z;
+  uint16_t* dstate_q;
+  float* dz;
+  float* row_shift;
+  float* row_delta;
+  float* partials;
+};
+
+struct BwdBuffers {
+  float* block_sums;  // of K, then of dK
+  float* k_mean;
+  float* dk_mean;
+  uint16_t* lut;
+  int* counts;
+  uint32_t* mask;
+  uint32_t* mask_transposed;
+  ColumnLists columns;
+  float* alpha_partial;
+  int heads_per_group;
+  GroupBuffers group;
+};
+
+int64_t alpha_width(const Shape& shape, const sla2_attn_bwd_params& p) {
+  return p.alpha_per_token ? shape.seqlen : shape.num_q_blocks;
+}
+
+ColumnLists plan_columns(Arena& arena, const Shape& shape, const sla2_attn_bwd_params& p) {
+  ColumnLists columns = {};
+  const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
+  columns.rows_per_head = static_cast<int64_t>(shape.num_q_blocks) * p.lists.max_kv_blocks;
+  const int64_t average = (columns.rows_per_head + shape.num_k_blocks - 1) / shape.num_k_blocks;
+  const int64_t split = std::max(kSplitBlocks, 4 * average);
+  // Cut columns have fewer than 2 length / split parts each and fewer than length / split more
+  // items than others.
+  const int64_t slots =
+      has_sparse(p) ? std::min<int64_t>(2 * columns.rows_per_head / split, shape.num_k_blocks / 4)
+                    : 0;
+  columns.split_blocks = static_cast<int>(split);
+  columns.num_slots = static_cast<int>(slots);
+  columns.num_items =
+      shape.num_k_blocks + static_cast<int>(std::min(slots, columns.rows_per_head / split));
+  columns.counts = arena.take<int>(k_rows);
+  columns.offsets = arena.take<int>(k_rows);
+  columns.slots = arena.take<int>(k_rows);
+  columns.arrived = arena.take<int>(k_rows);
+  columns.rows = arena.take<uint16_t>(shape.num_bh * columns.rows_per_head);
+  columns.items = arena.take<uint32_t>(static_cast<int64_t>(shape.num_bh) * columns.num_items);
+  return columns;
+}
+
+GroupBuffers plan_group(Arena& arena, const Shape& shape, const sla2_attn_bwd_params& p,
+                        const ColumnLists& columns, int heads) {
+  GroupBuffers group = {};
+  const int64_t d = p.shape.head_dim;
+  const int64_t q_rows = static_cast<int64_t>(heads) * shape.num_q_blocks;
+  const int64_t k_rows = static_cast<int64_t>(heads) * shape.num_k_blocks;
+  if (has_linear(p)) {
+    const int64_t state = d * d + 2 * d;
+    group.state = arena.take<uint16_t>(k_rows * state);
+    group.h = arena.take<uint16_t>(q_rows * d * d);
+    group.z = arena.take<float>(q_rows * 2 * d);
+    group.dstate_q = arena.take<uint16_t>(q_rows * state);
+    group.dz = arena.take<float>(k_rows * 2 * d);
+  }
+  if (has_sparse(p)) {
+    group.row_shift = arena.take<float>(q_rows * SLA2_BLOCK_Q);
+    group.row_delta = arena.take<float>(q_rows * SLA2_BLOCK_Q);
+    group.partials =
+        arena.take<float>(static_cast<int64_t>(heads) * columns.num_slots * 2 * SLA2_BLOCK_K * d);
+  }
+  return group;
+}
+
+BwdBuffers plan_attn_bwd(Arena& arena, const Shape& shape, const sla2_attn_bwd_params& p) {
+  BwdBuffers buffers = {};
+  const int64_t d = p.shape.head_dim;
+  const int64_t heads = shape.num_bh;
+  const int64_t q_rows = heads * shape.num_q_blocks, k_rows = heads * shape.num_k_blocks;
+  if (p.smooth_k) {
+    buffers.block_sums = arena.take<float>(k_rows * d);
+    buffers.dk_mean = arena.take<float>(heads * d);
+  }
+  buffers.k_mean = arena.take<float>(heads * d);
+  buffers.lut = arena.take<uint16_t>(q_rows * p.lists.max_kv_blocks);
+  buffers.counts = arena.take<int>(q_rows);
+  buffers.mask =
+      arena.take<uint32_t>(heads * mask_words(shape.num_k_blocks) * mask_pitch(shape.num_q_blocks));
+  if (has_linear(p)) {
+    buffers.mask_transposed = arena.take<uint32_t>(heads * mask_words(shape.num_q_blocks) *
+                                                   mask_pitch(shape.num_k_blocks));
+  }
+  buffers.columns = plan_columns(arena, shape, p);
+  if (p.branch == SLA2_BRANCH_BOTH) {
+    buffers.alpha_partial = arena.take<float>(heads * alpha_width(shape, p));
+  }
+
+  Arena one_head(nullptr);
+  plan_group(one_head, shape, p, buffers.columns, 1);
+  const int64_t head_bytes = static_cast<int64_t>(one_head.used());
+  const int64_t input_bytes = 3 * 2 * heads * shape.seqlen * d;
+  const int64_t group_bytes = std::clamp(input_bytes * 7 / 10, kMinGroupBytes, kMaxGroupBytes);
+  const int64_t most = std::clamp<int64_t>(group_bytes / head_bytes, 1, heads);
+  const int64_t groups = (heads + most - 1) / most;  // of like size: no small one at the end
+  buffers.heads_per_group = static_cast<int>((heads + groups - 1) / groups);
+  buffers.group = plan_group(arena, shape, p, buffers.columns, buffers.heads_per_group);
+  return buffers;
+}
+
+// k_mean, the lists by query block, made safe, and by key block.
+void prepare(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers& buffers) {
+  const NvtxRange range("sla2.bwd_prepare");
+  const std::string problem = describe(p.shape);
+  PoolParams pool = {};
+  pool.q = view(p.q);
+  pool.k = view(p.k);
+  pool.v = view(p.v);
+  pool.k_sum = buffers.block_sums;
+  pool.stream = p.stream;
+  ReduceParams reduce = {};
+  reduce.k_sum = buffers.block_sums;
+  reduce.k_mean = buffers.k_mean;
+  reduce.smooth = p.smooth_k;
+  reduce.stream = p.stream;
+  run_pool(shape, p.shape, pool, reduce);
+
+  const CompactParams compact = {shape,       p.lists.lut,    p.lists.counts, p.lists.max_kv_blocks,
+                                 buffers.lut, buffers.counts, p.stream};
+  check_launch(launch_compact(compact), "compact", problem);
+  ComplementParams complement = {};
+  complement.shape = shape;
+  complement.bh_count = shape.num_bh;
+  complement.lut = buffers.lut;
+  complement.counts = buffers.counts;
+  complement.max_kv_blocks = p.lists.max_kv_blocks;
+  complement.mask = buffers.mask;
+  complement.stream = p.stream;
+  check_launch(launch_complement_mask(complement), "complement_mask", problem);
+  const ColumnListParams lists = {shape, buffers.mask, buffers.mask_transposed, buffers.columns,
+                                  p.stream};
+  check_launch(launch_column_lists(lists), "column_lists", problem);
+}
+
+AttnBwdParams attn_params(const Shape& shape, const sla2_attn_bwd_params& p,
+                          const BwdBuffers& buffers) {
+  AttnBwdParams attn = {};
+  attn.shape = shape;
+  attn.q = view(p.q);
+  attn.k = view(p.k);
+  attn.v = view(p.v);
+  attn.grad_out = view(p.grad_out);
+  attn.out_sparse = view(p.out_sparse);
+  attn.dq = view(p.grad_q);
+  attn.dk = view(p.grad_k);
+  attn.dv = view(p.grad_v);
+  attn.lse = p.lse;
+  attn.lut = buffers.lut;
+  attn.counts = buffers.counts;
+  attn.max_kv_blocks = p.lists.max_kv_blocks;
+  attn.k_mean = buffers.k_mean;
+  attn.alpha_logit = p.alpha_logit;
+  attn.alpha_stride_head = p.alpha_stride_head;
+  attn.alpha_per_token = p.alpha_per_token;
+  attn.branch = p.branch;
+  attn.phi_raw_k = p.phi_raw_k;
+  attn.softmax_scale = p.softmax_scale;
+  attn.row_shift = buffers.group.row_shift;
+  attn.row_delta = buffers.group.row_delta;
+  attn.alpha_partial = buffers.alpha_partial;
+  attn.h = buffers.group.h;
+  attn.z = buffers.group.z;
+  attn.dstate_q = buffers.group.dstate_q;
+  attn.dh = buffers.group.state;
+  attn.dz = buffers.group.dz;
+  attn.columns = buffers.columns;
+  attn.partials = buffers.group.partials;
+  attn.dk_sum = buffers.block_sums;
+  attn.stream = p.stream;
+  return attn;
+}
+
+// One product with the complement's bits from head bh_begin on; arrays of the group's heads.
+ComplementParams complement_params(const Shape& shape, int heads, uint32_t* mask, uint16_t* state,
+                                   uint16_t* h, float* z, cudaStream_t stream) {
+  ComplementParams complement = {};
+  complement.shape = shape;
+  complement.bh_count = heads;
+  complement.mask = mask;
+  complement.state = state;
+  complement.h = h;
+  complement.z = z;
+  complement.stream = stream;
+  return complement;
+}
+
+// dQ, dV and, uncentred, dK.
+void run_heads(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers& buffers) {
+  const NvtxRange range("sla2.attn_bwd");
+  const std::string problem = describe(p.shape);
+  const int dtype = p.shape.dtype, head_dim = p.shape.head_dim;
+  const GroupBuffers& group = buffers.group;
+  AttnBwdParams attn = attn_params(shape, p, buffers);
+  StateParams state = {};
+  state.shape = shape;
+  state.k = attn.k;
+  state.v = attn.v;
+  state.k_mean = buffers.k_mean;
+  state.state = group.state;
+  state.quant = SLA2_QUANT_NONE;
+  state.phi_raw_k = p.phi_raw_k;
+  state.stream = p.stream;
+  Shape transposed = shape;
+  std::swap(transposed.num_q_blocks, transposed.num_k_blocks);
+  const int64_t mask_size =
+      static_cast<int64_t>(mask_words(shape.num_k_blocks)) * mask_pitch(shape.num_q_blocks);
+  const int64_t transposed_size =
+      static_cast<int64_t>(mask_words(shape.num_q_blocks)) * mask_pitch(shape.num_k_blocks);
+
+  for (int bh = 0; bh < shape.num_bh; bh += buffers.heads_per_group) {
+    const int heads = std::min(buffers.heads_per_group, shape.num_bh - bh);
+    attn.bh_begin = state.bh_begin = bh;
+    attn.bh_count = state.bh_count = heads;
+    if (has_linear(p)) {
+      check_launch(launch_linear_state(state, dtype, head_dim), "linear_state", problem);
+      const ComplementParams sum = complement_params(shape, heads, buffers.mask + bh * mask_size,
+                                                     group.state, group.h, group.z, p.stream);
+      check_launch(launch_complement(sum, head_dim), "complement", problem);
+    }
+    check_launch(launch_bwd_rows_sm80(attn, dtype, head_dim), "bwd_rows", problem);
+    if (has_linear(p)) {
+      const ComplementParams sum =
+          complement_params(transposed, heads, buffers.mask_transposed + bh * transposed_size,
+                            group.dstate_q, group.state, group.dz, p.stream);
+      check_launch(launch_complement(sum, head_dim), "transposed complement", problem);
+    }
+    check_launch(launch_bwd_columns_sm80(attn, dtype, head_dim), "bwd_columns", problem);
+  }
+}
+
+void finish(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers& buffers) {
+  const NvtxRange range("sla2.bwd_finish");
+  const std::string problem = describe(p.shape);
+  if (p.smooth_k) {
+    ReduceParams reduce = {};
+    reduce.shape = shape;
+    reduce.k_sum = buffers.block_sums;
+    reduce.k_mean = buffers.dk_mean;
+    reduce.smooth = 1;
+    reduce.stream = p.stream;
+    check_launch(launch_reduce(reduce, p.shape.head_dim), "reduce", problem);
+    const CentreParams centre = {shape, view(p.grad_k), buffers.dk_mean, p.stream};
+    check_launch(launch_centre_keys(centre, p.shape.dtype, p.shape.head_dim), "centre_keys",
+                 problem);
+  }
+  if (p.branch == SLA2_BRANCH_BOTH) {
+    const AlphaGradParams alpha = {shape,
+                                   buffers.alpha_partial,
+                                   static_cast<int>(alpha_width(shape, p)),
+                                   p.grad_alpha_logit,
+                                   p.alpha_stride_head,
+                                   p.stream};
+    check_launch(launch_alpha_grad(alpha), "alpha_grad", problem);
+  }
+}
+
+}  // namespace
+}  // namespace sla2
+
+sla2_status sla2_attn_bwd_workspace(const sla2_attn_bwd_params* params, size_t* bytes) {
+  return sla2::guard([&] {
+    sla2::require(params != nullptr && bytes != nullptr, "params or bytes is null");
+    const sla2::Shape shape = sla2::validate_shape(params->shape);
+    sla2::Arena arena(nullptr);
+    if (!sla2::is_empty(shape)) sla2::plan_attn_bwd(arena, shape, *params);
+    *bytes = arena.used();
+  });
+}
+
+sla2_status sla2_attn_bwd(const sla2_attn_bwd_params* params) {
+  return sla2::guard([&] {
+    sla2::require(params != nullptr, "params is null");
+    const sla2_attn_bwd_params& p = *params;
+    sla2::validate_attn_bwd(p);
+    const sla2::Shape shape = sla2::validate_shape(p.shape);
+    if (sla2::is_empty(shape)) return;
+    sla2::require_support(p.shape.dtype, p.shape.head_dim, SLA2_QUANT_NONE, SLA2_PATH_PORTABLE);
+    sla2::Arena arena(p.workspace);
+    const sla2::BwdBuffers buffers = sla2::plan_attn_bwd(arena, shape, p);
+    sla2::require_workspace(arena, p.workspace, p.workspace_bytes);
+    sla2::prepare(shape, p, buffers);
+    sla2::run_heads(shape, p, buffers);
+    sla2::finish(shape, p, buffers);
+  });
+}
