@@ -139,3 +139,27 @@ def test_cpp_project_uses_the_package(package: Package, tmp_path: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr
     assert "consumer: ok" in result.stdout
+
+
+@pytest.mark.slow
+def test_cuda_example_uses_the_package(package: Package, tmp_path: Path) -> None:
+    _ = package.library
+    for tool in ("cmake", "nvcc"):
+        if shutil.which(tool) is None:
+            missing(f"{tool} is not on PATH")
+    cmake_dir = package.run("import sla2.env as e; print(e.get_cmake_dir())")
+    source = REPOSITORY / "examples" / "cpp"
+    for command in (
+        ["cmake", "-S", str(source), "-B", str(tmp_path), f"-Dsla2_DIR={cmake_dir}"],
+        ["cmake", "--build", str(tmp_path)],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stdout + result.stderr
+    command = [str(tmp_path / "attention"), "--seqlen", "1000", "--heads", "2", "--topk", "0.2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if result.returncode != 0:  # no usable GPU: said in one line
+        assert result.stderr.startswith("attention: ") and result.stderr.count("\n") == 1
+    else:
+        assert "3 of 16 key blocks" in result.stdout
+    result = subprocess.run([command[0], "--topk"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "attention: --topk needs a value\n")
