@@ -7,6 +7,8 @@ import importlib.util
 import itertools
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -438,3 +440,30 @@ def test_plot_refuses_rows(
     rows.write_text(content if isinstance(content, str) else json.dumps(content))
     assert plot_scaling.main([str(rows), str(image)]) == 2
     assert words in capsys.readouterr().err and not image.exists()
+
+
+# ---- profile.sh ---------------------------------------------------------------------------------
+
+
+def test_profile_says_what_it_needs(tmp_path: Path) -> None:
+    script = REPOSITORY / "bench" / "profile.sh"
+    tools = tmp_path / "bin"  # without nsys and ncu
+    tools.mkdir()
+    for name in ("bash", "env", "dirname", "mkdir", "sed"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [script, *arguments],
+            env={"PATH": str(tools)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    usage = run()
+    assert usage.returncode == 2 and "profile.sh OUTPUT" in usage.stderr
+    assert run("--shape", "wan14b-720p").returncode == 2
+    nothing = run(str(tmp_path / "profile"))
+    assert nothing.returncode == 1
+    assert "nsys is not on PATH" in nothing.stderr and "ncu is not on PATH" in nothing.stderr

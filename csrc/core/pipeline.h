@@ -7,6 +7,7 @@
 
 #include "core/device.h"
 #include "core/error.h"
+#include "core/nvtx.h"
 #include "core/validate.h"
 #include "kernels/common/params.h"
 #include "sla2/sla2.h"
@@ -50,6 +51,7 @@ inline void require_support(int dtype, int head_dim, int quant, int path) {
 
 inline void run_pool(const Shape& shape, const sla2_shape& given, PoolParams pool,
                      ReduceParams reduce) {
+  const NvtxRange range("sla2.pool");
   const std::string problem = describe(given);
   pool.shape = reduce.shape = shape;
   if (pool.q_mean != nullptr || pool.k_sum != nullptr || pool.v_amax_partial != nullptr) {
