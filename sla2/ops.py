@@ -56,7 +56,8 @@ current_path = _path.get  # the name of what kernel_path has chosen
 def kernel_path(name: str) -> Iterator[None]:
     """Forces the kernels "portable" or "sm90" on this thread's calls in the block; "auto" chooses.
 
-    A call that forced ones cannot serve raises RuntimeError. Raises ValueError for another name.
+    A call that forced ones cannot serve raises RuntimeError. Gradients that autograd computes on a
+    thread of its own keep that thread's choice. Raises ValueError for another name.
     """
     check_choice("kernel path", name, tuple(_PATHS))
     token = _path.set(name)

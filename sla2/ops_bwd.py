@@ -1,7 +1,6 @@
 """The gradients of `sla2.ops` as an operator, `sla2::attn_bwd`, that `sla2.autograd` calls.
 
-Conventions as in `sla2.ops`: the CPU runs `sla2.blockwise`, CUDA the kernels, of which there are
-portable ones alone.
+Conventions as in `sla2.ops`: the CPU runs `sla2.blockwise`, CUDA the kernels.
 """
 
 from __future__ import annotations
@@ -16,12 +15,14 @@ from .autograd import no_second_order
 from .ops import (
     _BRANCHES,
     _DTYPES,
+    _PATHS,
     _alpha_operand,
     _extension,
     _kernel_input,
     _operand,
     bnhd,
     check_device,
+    current_path,
     empty_grads,
     empty_like,
     in_layout,
@@ -65,7 +66,8 @@ def _attn_bwd_cuda(
             alpha_logit = alpha_logit.contiguous()
         alpha = _alpha_operand(alpha_logit, n)
         shape = (b, n, h, d, _DTYPES[q.dtype])
-        options = (_BRANCHES[branch], phi_input == "raw", smooth_k, scale)
+        path = _PATHS[current_path()]
+        options = (_BRANCHES[branch], path, phi_input == "raw", smooth_k, scale)
         size = ext.attn_bwd_workspace(
             shape=shape,
             options=options,

@@ -46,6 +46,7 @@ struct GroupBuffers {
 };
 
 struct BwdBuffers {
+  bool sm90;
   float* block_sums;  // of K, then of dK
   float* k_mean;
   float* dk_mean;
@@ -112,6 +113,7 @@ GroupBuffers plan_group(Arena& arena, const Shape& shape, const sla2_attn_bwd_pa
 
 BwdBuffers plan_attn_bwd(Arena& arena, const Shape& shape, const sla2_attn_bwd_params& p) {
   BwdBuffers buffers = {};
+  buffers.sm90 = uses_sm90(SLA2_QUANT_NONE, p.path);
   const int64_t d = p.shape.head_dim;
   const int64_t heads = shape.num_bh;
   const int64_t q_rows = heads * shape.num_q_blocks, k_rows = heads * shape.num_k_blocks;
@@ -321,7 +323,7 @@ sla2_status sla2_attn_bwd(const sla2_attn_bwd_params* params) {
     sla2::validate_attn_bwd(p);
     const sla2::Shape shape = sla2::validate_shape(p.shape);
     if (sla2::is_empty(shape)) return;
-    sla2::require_support(p.shape.dtype, p.shape.head_dim, SLA2_QUANT_NONE, SLA2_PATH_PORTABLE);
+    sla2::require_support(p.shape.dtype, p.shape.head_dim, SLA2_QUANT_NONE, p.path);
     sla2::Arena arena(p.workspace);
     const sla2::BwdBuffers buffers = sla2::plan_attn_bwd(arena, shape, p);
     sla2::require_workspace(arena, p.workspace, p.workspace_bytes);

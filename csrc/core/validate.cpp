@@ -118,6 +118,7 @@ void validate_attn_bwd(const sla2_attn_bwd_params& params) {
   validate_header(&params);
   const Shape shape = validate_shape(params.shape);
   validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
+  validate_choice(params.path, SLA2_PATH_SM90, "path");
   require(params.softmax_scale > 0.f, "softmax_scale is ", params.softmax_scale,
           ": it must be positive");
   if (shape.num_bh == 0 || shape.seqlen == 0) return;

@@ -22,8 +22,9 @@ using TensorTuple =
     std::tuple<Pointer, int64_t, int64_t, int64_t>;  // data, strides of batch, token, head
 using OptionsTuple = std::tuple<int, int, int, bool, bool,
                                 float>;  // quant, branch, path, phi_raw_k, smooth_k, scale
-using GradOptionsTuple = std::tuple<int, bool, bool, float>;  // branch, phi_raw_k, smooth_k, scale
-using AlphaTuple = std::tuple<Pointer, int64_t, bool>;        // data, stride of head, per token
+using GradOptionsTuple =
+    std::tuple<int, int, bool, bool, float>;            // branch, path, phi_raw_k, smooth_k, scale
+using AlphaTuple = std::tuple<Pointer, int64_t, bool>;  // data, stride of head, per token
 using RouterTuple = std::tuple<Pointer, Pointer, int64_t, Pointer, int, int>;
 using ListsTuple = std::tuple<Pointer, Pointer, int>;  // lut, counts, K
 using WorkspaceTuple = std::tuple<Pointer, size_t>;
@@ -71,9 +72,10 @@ void set_options(sla2_attn_fwd_params& params, const OptionsTuple& t) {
 
 void set_options(sla2_attn_bwd_params& params, const GradOptionsTuple& t) {
   params.branch = std::get<0>(t);
-  params.phi_raw_k = std::get<1>(t);
-  params.smooth_k = std::get<2>(t);
-  params.softmax_scale = std::get<3>(t);
+  params.path = std::get<1>(t);
+  params.phi_raw_k = std::get<2>(t);
+  params.smooth_k = std::get<3>(t);
+  params.softmax_scale = std::get<4>(t);
 }
 
 template <typename Params>

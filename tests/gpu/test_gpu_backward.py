@@ -299,7 +299,8 @@ def raw_attn_bwd(problem: Problem, pattern: int) -> dict[str, Tensor]:
     count = problem.lut.shape[3]
     shape = (b, n, h, d, ops._DTYPES[problem.q.dtype])
     options = (
-        ops._BRANCHES[problem.branch], problem.phi_input == "raw", problem.smooth_k, problem.scale,
+        ops._BRANCHES[problem.branch], ops._PATHS[ops.current_path()],
+        problem.phi_input == "raw", problem.smooth_k, problem.scale,
     )  # fmt: skip
     alpha = ops._alpha_operand(problem.alpha_logit, n)
     size = ext.attn_bwd_workspace(

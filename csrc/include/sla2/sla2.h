@@ -145,6 +145,7 @@ typedef struct sla2_attn_bwd_params {
   size_t size;
   sla2_shape shape;
   int32_t branch;     // sla2_branch
+  int32_t path;       // sla2_path
   int32_t phi_raw_k;  // as in sla2_attn_fwd_params, like the next two
   int32_t smooth_k;
   float softmax_scale;
