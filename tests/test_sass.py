@@ -24,10 +24,15 @@ from package_tools import REPOSITORY, Package, cuobjdump, find_package, missing
 # Parts of the kernels' mangled names.
 ATTENTION = "attn_fwd_kernel"
 ATTENTION_SM90 = "attn_fwd_sm90_kernel"
-# The other Hopper kernels: how many instances (by head_dim, or by dtype, head_dim and quant), and
-# how many accesses to local memory. Projection with head_dim 128 parks two registers while it
-# splits the weight.
-HELPERS_SM90 = {"SplitProjectParams": (2, 4), "route_kernel": (2, 0), "linear_kernel": (8, 0)}
+# The other Hopper kernels: how many instances (by head_dim, or by dtype, head_dim and one of `none`,
+# `int8_fp8`, backward), and how many accesses to local memory. Projection with head_dim 128 parks
+# two registers while it splits the weight.
+HELPERS_SM90 = {
+    "SplitProjectParams": (2, 4),
+    "route_kernel": (2, 0),
+    "linear_kernel": (12, 0),
+    "complement_sm90_kernel": (2, 0),
+}
 FP8 = {
     "89": r"QMMA\.\S*E4M3",
     "90": r"F2FP\.F16\.E4M3\.UNPACK",

@@ -5,7 +5,8 @@
 //     -> reduce -> centre_keys -> alpha_grad
 //
 // The second complement is the first one transposed: it sums the gradients of the states over the
-// query blocks that do not list a key block. All kernels are portable.
+// query blocks that do not list a key block. On path sm90 both are Hopper kernels, the first one
+// with linear_state in a single launch, `linear`; the others are portable.
 #include <algorithm>
 #include <cstdint>
 #include <utility>
@@ -35,7 +36,7 @@ bool has_linear(const sla2_attn_bwd_params& p) { return p.branch != SLA2_BRANCH_
 
 // Of `heads` heads
 struct GroupBuffers {
-  uint16_t* state;  // then dh
+  uint16_t* state;  // sm90: a ring of fewer heads; then dh
   uint16_t* h;
   float* z;
   uint16_t* dstate_q;
@@ -56,7 +57,9 @@ struct BwdBuffers {
   uint32_t* mask_transposed;
   ColumnLists columns;
   float* alpha_partial;
-  int heads_per_group;
+  int* counters;  // sm90
+  int num_counters;
+  int heads_per_group, group_counters;
   GroupBuffers group;
 };
 
@@ -143,6 +146,13 @@ BwdBuffers plan_attn_bwd(Arena& arena, const Shape& shape, const sla2_attn_bwd_p
   const int64_t most = std::clamp<int64_t>(group_bytes / head_bytes, 1, heads);
   const int64_t groups = (heads + most - 1) / most;  // of like size: no small one at the end
   buffers.heads_per_group = static_cast<int>((heads + groups - 1) / groups);
+  if (buffers.sm90 && has_linear(p)) {
+    // Of `linear`, and the tickets of the transposed complement; an even number for alignment.
+    const int counters = linear_counters(shape, buffers.heads_per_group) + 1;
+    buffers.group_counters = (counters + 1) / 2 * 2;
+    buffers.num_counters = static_cast<int>(groups) * buffers.group_counters;
+    buffers.counters = arena.take<int>(buffers.num_counters);
+  }
   buffers.group = plan_group(arena, shape, p, buffers.columns, buffers.heads_per_group);
   return buffers;
 }
@@ -161,6 +171,8 @@ void prepare(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers
   reduce.k_sum = buffers.block_sums;
   reduce.k_mean = buffers.k_mean;
   reduce.smooth = p.smooth_k;
+  reduce.counters = buffers.counters;
+  reduce.num_counters = buffers.num_counters;
   reduce.stream = p.stream;
   run_pool(shape, p.shape, pool, reduce);
 
@@ -219,18 +231,85 @@ AttnBwdParams attn_params(const Shape& shape, const sla2_attn_bwd_params& p,
   return attn;
 }
 
-// One product with the complement's bits from head bh_begin on; arrays of the group's heads.
-ComplementParams complement_params(const Shape& shape, int heads, uint32_t* mask, uint16_t* state,
-                                   uint16_t* h, float* z, cudaStream_t stream) {
+// The complement's bits of a head.
+int64_t mask_size(const Shape& shape) {
+  return static_cast<int64_t>(mask_words(shape.num_k_blocks)) * mask_pitch(shape.num_q_blocks);
+}
+
+// Heads [bh_begin, bh_begin + bh_count); counters: the group's, on path sm90.
+struct Group {
+  int bh_begin, bh_count;
+  int* counters;
+};
+
+// H = (1 - M) h and Z = (1 - M) z of the group.
+void run_linear(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers& buffers,
+                const Group& group) {
+  const std::string problem = describe(p.shape);
+  const int dtype = p.shape.dtype, head_dim = p.shape.head_dim;
+  uint32_t* mask = buffers.mask + group.bh_begin * mask_size(shape);
+  if (buffers.sm90) {
+    LinearParams linear = {};
+    linear.shape = shape;
+    linear.bh_begin = group.bh_begin;
+    linear.bh_count = group.bh_count;
+    linear.k = view(p.k);
+    linear.v = view(p.v);
+    linear.k_mean = buffers.k_mean + static_cast<int64_t>(group.bh_begin) * head_dim;
+    linear.quant = SLA2_QUANT_NONE;
+    linear.phi_raw_k = p.phi_raw_k;
+    linear.backward = 1;
+    linear.mask = mask;
+    linear.state = buffers.group.state;
+    linear.state_slots = state_slots(
+        group.bh_count, int64_t{1} * shape.num_k_blocks * state_bytes(head_dim, SLA2_QUANT_NONE));
+    linear.h = buffers.group.h;
+    linear.z = buffers.group.z;
+    linear.counters = group.counters;
+    linear.stream = p.stream;
+    check_launch(launch_linear_sm90(linear, dtype, head_dim), "linear", problem);
+    return;
+  }
+  StateParams state = {};
+  state.shape = shape;
+  state.bh_begin = group.bh_begin;
+  state.bh_count = group.bh_count;
+  state.k = view(p.k);
+  state.v = view(p.v);
+  state.k_mean = buffers.k_mean;
+  state.state = buffers.group.state;
+  state.quant = SLA2_QUANT_NONE;
+  state.phi_raw_k = p.phi_raw_k;
+  state.stream = p.stream;
+  check_launch(launch_linear_state(state, dtype, head_dim), "linear_state", problem);
   ComplementParams complement = {};
   complement.shape = shape;
-  complement.bh_count = heads;
+  complement.bh_count = group.bh_count;
   complement.mask = mask;
-  complement.state = state;
-  complement.h = h;
-  complement.z = z;
-  complement.stream = stream;
-  return complement;
+  complement.state = buffers.group.state;
+  complement.h = buffers.group.h;
+  complement.z = buffers.group.z;
+  complement.stream = p.stream;
+  check_launch(launch_complement(complement, head_dim), "complement", problem);
+}
+
+// dh = (1 - M)^T dH and dz of the group.
+void run_transposed_complement(const Shape& shape, const sla2_attn_bwd_params& p,
+                               const BwdBuffers& buffers, const Group& group) {
+  ComplementParams complement = {};
+  complement.shape = shape;
+  std::swap(complement.shape.num_q_blocks, complement.shape.num_k_blocks);
+  complement.bh_count = group.bh_count;
+  complement.mask = buffers.mask_transposed + group.bh_begin * mask_size(complement.shape);
+  complement.state = buffers.group.dstate_q;
+  complement.h = buffers.group.state;
+  complement.z = buffers.group.dz;
+  if (buffers.sm90) {
+    complement.tickets = group.counters + linear_counters(shape, buffers.heads_per_group);
+  }
+  complement.stream = p.stream;
+  const auto launch = buffers.sm90 ? launch_complement_sm90 : launch_complement;
+  check_launch(launch(complement, p.shape.head_dim), "transposed complement", describe(p.shape));
 }
 
 // dQ, dV and, uncentred, dK.
@@ -238,42 +317,17 @@ void run_heads(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffe
   const NvtxRange range("sla2.attn_bwd");
   const std::string problem = describe(p.shape);
   const int dtype = p.shape.dtype, head_dim = p.shape.head_dim;
-  const GroupBuffers& group = buffers.group;
   AttnBwdParams attn = attn_params(shape, p, buffers);
-  StateParams state = {};
-  state.shape = shape;
-  state.k = attn.k;
-  state.v = attn.v;
-  state.k_mean = buffers.k_mean;
-  state.state = group.state;
-  state.quant = SLA2_QUANT_NONE;
-  state.phi_raw_k = p.phi_raw_k;
-  state.stream = p.stream;
-  Shape transposed = shape;
-  std::swap(transposed.num_q_blocks, transposed.num_k_blocks);
-  const int64_t mask_size =
-      static_cast<int64_t>(mask_words(shape.num_k_blocks)) * mask_pitch(shape.num_q_blocks);
-  const int64_t transposed_size =
-      static_cast<int64_t>(mask_words(shape.num_q_blocks)) * mask_pitch(shape.num_k_blocks);
-
-  for (int bh = 0; bh < shape.num_bh; bh += buffers.heads_per_group) {
-    const int heads = std::min(buffers.heads_per_group, shape.num_bh - bh);
-    attn.bh_begin = state.bh_begin = bh;
-    attn.bh_count = state.bh_count = heads;
-    if (has_linear(p)) {
-      check_launch(launch_linear_state(state, dtype, head_dim), "linear_state", problem);
-      const ComplementParams sum = complement_params(shape, heads, buffers.mask + bh * mask_size,
-                                                     group.state, group.h, group.z, p.stream);
-      check_launch(launch_complement(sum, head_dim), "complement", problem);
-    }
+  Group group = {0, 0, buffers.counters};
+  for (; group.bh_begin < shape.num_bh; group.bh_begin += buffers.heads_per_group) {
+    group.bh_count = std::min(buffers.heads_per_group, shape.num_bh - group.bh_begin);
+    attn.bh_begin = group.bh_begin;
+    attn.bh_count = group.bh_count;
+    if (has_linear(p)) run_linear(shape, p, buffers, group);
     check_launch(launch_bwd_rows_sm80(attn, dtype, head_dim), "bwd_rows", problem);
-    if (has_linear(p)) {
-      const ComplementParams sum =
-          complement_params(transposed, heads, buffers.mask_transposed + bh * transposed_size,
-                            group.dstate_q, group.state, group.dz, p.stream);
-      check_launch(launch_complement(sum, head_dim), "transposed complement", problem);
-    }
+    if (has_linear(p)) run_transposed_complement(shape, p, buffers, group);
     check_launch(launch_bwd_columns_sm80(attn, dtype, head_dim), "bwd_columns", problem);
+    group.counters += buffers.group_counters;
   }
 }
 

@@ -29,13 +29,6 @@ constexpr int64_t kScoreGroupBytes = 64 << 20;
 // with 100, 15.05 with 160, 14.95 with 320, 14.9 with 640.
 constexpr int64_t kMinStateGroupBytes = 64 << 20, kMaxStateGroupBytes = 320 << 20;
 
-// Heads in the Hopper path's ring of states: as many as fit this, so that states stay in L2, but
-// two, for one to be made while the one before is used; more than three gain nothing.
-constexpr int64_t kStateRingBytes = 40 << 20;
-int state_slots(int heads, int64_t head_bytes) {
-  return std::min(heads, static_cast<int>(std::clamp<int64_t>(kStateRingBytes / head_bytes, 2, 3)));
-}
-
 // Hopper's e4m3 products accumulate in about 14 bits. On Gaussian data the sparse output's relative
 // distance from the portable kernel's, which accumulate in float32, is 9e-4 with 3 listed blocks
 // and 4.4e-3 with 313; longer lists than this are left to the portable kernels by path auto and
@@ -145,7 +138,7 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
   }
   buffers.heads_per_group = shape.num_bh;
   if (buffers.sm90) {
-    buffers.num_counters = linear_counters(shape);
+    buffers.num_counters = linear_counters(shape, shape.num_bh);
     buffers.counters = arena.take<int>(buffers.num_counters);
   }
   if (has_linear(p)) {
@@ -245,6 +238,7 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
   if (buffers.sm90) {
     LinearParams linear = {};
     linear.shape = shape;
+    linear.bh_count = shape.num_bh;
     linear.k = view(p.k);
     linear.v = view(p.v);
     linear.k_mean = buffers.k_mean;

@@ -2,6 +2,7 @@
 // the first launches.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 
@@ -30,6 +31,13 @@ class Arena {
   char* base_;
   int64_t used_ = 0;
 };
+
+// Heads in the Hopper path's ring of states: as many as fit this, so that states stay in L2, but
+// two, for one to be made while the one before is used; more than three gain nothing.
+inline constexpr int64_t kStateRingBytes = 40 << 20;
+inline int state_slots(int heads, int64_t head_bytes) {
+  return std::min(heads, static_cast<int>(std::clamp<int64_t>(kStateRingBytes / head_bytes, 2, 3)));
+}
 
 inline bool is_empty(const Shape& shape) { return shape.num_bh == 0 || shape.seqlen == 0; }
 

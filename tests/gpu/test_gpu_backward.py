@@ -16,7 +16,15 @@ import pytest
 import torch
 from cases import KERNEL_DTYPES, Case, make_inputs
 from compare import BACKWARD_REL_L2, check_backward, max_err, rel_l2
-from gpu_tools import DEVICE, GPU, Guarded, current_stream, need_memory, same_bits
+from gpu_tools import (
+    DEVICE,
+    GPU,
+    Guarded,
+    current_stream,
+    need_memory,
+    same_bits,
+    why_not_sm90,
+)
 from torch import Tensor
 
 import sla2
@@ -266,6 +274,25 @@ def test_after_a_low_bit_forward_pass(quant: str) -> None:
     problem = make_problem(Case(1, 1000, 2, 64, "2", torch.bfloat16, quant=quant), "both")
     for name, a, b in zip(NAMES, problem.run(), problem.exact(), strict=False):
         assert rel_l2(a, b) <= BACKWARD_REL_L2, name
+
+
+@pytest.mark.parametrize("phi_input", ["smoothed", "raw"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_paths(dtype: torch.dtype, head_dim: int, phi_input: str) -> None:
+    """The Hopper kernels beside the portable ones. Several groups of heads, that end within a batch
+    entry; a second tile of key blocks with four rows in it."""
+    if (reason := why_not_sm90()) is not None:
+        pytest.skip(reason)
+    case = Case(3, 260 * 64 - 7, 11, head_dim, "2", dtype)
+    problem = make_problem(case, "both", uneven, phi_input=phi_input)
+    with ops.kernel_path("portable"):
+        want = problem.run()
+    with ops.kernel_path("sm90"):
+        got = problem.run()
+        assert all(map(same_bits, got, problem.run()))
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert rel_l2(a, b) <= BACKWARD_REL_L2 / 2, name
 
 
 # ---- memory -------------------------------------------------------------------------------------

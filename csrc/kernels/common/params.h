@@ -116,6 +116,7 @@ struct ComplementParams {
   const uint16_t* state;  // bf16 [bh_count, T_n, state_elements]
   uint16_t* h;            // bf16 [BH, T_m, D, D]
   float* z;               // [BH, T_m, 2, D] high and low part
+  int* tickets;           // Hopper path, bh_begin 0: a counter, zero
   cudaStream_t stream;
 };
 
@@ -166,24 +167,29 @@ SLA2_HOST_DEVICE constexpr int state_bytes(int head_dim, int quant) {
   return (head_dim + z_parts(quant)) * head_dim * (quant == SLA2_QUANT_INT8_FP8 ? 1 : 2);
 }
 
-// Hopper path, one launch: the state, record and complement work of all heads. `state` is a ring of
-// state_slots heads; its layout belongs to the kernel.
+// Hopper path, one launch: the state, record and complement work of heads [bh_begin, bh_begin +
+// bh_count) of K and V; arrays hold these heads alone. `state` is a ring of state_slots heads; its
+// layout belongs to the kernel.
 struct LinearParams {
   Shape shape;
+  int bh_begin, bh_count;
   TensorView k, v;
-  const float* k_mean;   // [BH, D]
-  const void* k_range;   // [BH, T_n, 2, D] elements, largest and smallest K of each block, null
-                         // when quant is none
-  const float* v_scale;  // [BH, 2, D], null when quant is none
-  void* records;         // [BH, T_n] KvRecord, null when quant is none
-  float* k_scale;        // [BH, T_n]
+  const float* k_mean;   // [bh_count, D]
+  const void* k_range;   // [bh_count, T_n, 2, D] elements, largest and smallest K of each block,
+                         // null when quant is none
+  const float* v_scale;  // [bh_count, 2, D], null when quant is none
+  void* records;         // [bh_count, T_n] KvRecord, null when quant is none
+  float* k_scale;        // [bh_count, T_n]
   int quant;             // none or int8_fp8
   int phi_raw_k;
-  const uint32_t* mask;  // 1 - M as bits, [BH, mask_words(T_n), mask_pitch(T_m)]
+  // Of the backward pass, quant none: H lies as [D][D], and nothing runs beside the predecessor,
+  // which may still read what lay in the place of the states.
+  int backward;
+  const uint32_t* mask;  // 1 - M as bits, [bh_count, mask_words(T_n), mask_pitch(T_m)]
   void* state;           // [state_slots, T_n, state_bytes], null: records only
   int state_slots;       // heads
-  uint16_t* h;           // bf16 [BH, T_m, D / 64, D, 64]: see h_row
-  float* z;              // [BH, T_m, z_parts, D]: Z is their sum
+  uint16_t* h;           // bf16 [bh_count, T_m, D / 64, D, 64]: see h_row; or [bh_count, T_m, D, D]
+  float* z;              // [bh_count, T_m, z_parts, D]: Z is their sum
   int* counters;         // linear_counters(), zero; 8-byte aligned
   cudaStream_t stream;
 };
@@ -312,8 +318,9 @@ cudaError_t launch_project_sm90(const SplitProjectParams&, int head_dim);
 // Whether the scores of 16 rows fit shared memory: up to 3008 key blocks.
 bool route_sm90_fits(const Shape&);
 cudaError_t launch_route_sm90(const RouteParams&, int head_dim);
-int linear_counters(const Shape&);
+int linear_counters(const Shape&, int bh_count);
 cudaError_t launch_linear_sm90(const LinearParams&, int dtype, int head_dim);
+cudaError_t launch_complement_sm90(const ComplementParams&, int head_dim);
 cudaError_t launch_attn_fwd_sm90(const AttnParams&, int dtype, int head_dim, int quant);
 cudaError_t launch_attn_fwd_sm80(const AttnParams&, int dtype, int head_dim, int quant);
 cudaError_t launch_column_lists(const ColumnListParams&);

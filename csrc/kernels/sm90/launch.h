@@ -1,4 +1,5 @@
-// Launches that may begin before their predecessor in the stream has ended.
+// Launches that may begin before their predecessor in the stream has ended, and the size of
+// persistent ones.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,6 +27,14 @@ cudaError_t launch_overlapped(void (*kernel)(Params...), int ctas, int threads, 
   config.numAttrs = 1;
   void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
+}
+
+// Of the present device: what a persistent grid covers.
+inline cudaError_t count_multiprocessors(int& count) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace sla2

@@ -11,15 +11,6 @@
 namespace sla2 {
 namespace {
 
-template <int kRegisters>
-__device__ __forceinline__ void grow_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void shrink_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 template <class Variant>
 __global__ void __launch_bounds__(kLinearThreads, 1)
     linear_kernel(const __grid_constant__ LinearArgs args) {
@@ -33,7 +24,7 @@ __global__ void __launch_bounds__(kLinearThreads, 1)
   // the state stream reads: it runs beside them. Without tiles nothing else would wait, and the
   // attention kernel counts on lists that are there when this kernel ends.
   trigger_dependents();
-  if (args.p.state == nullptr) wait_predecessor();
+  if (args.p.state == nullptr || Variant::kBackward) wait_predecessor();
   smem.init();
   fence_async_shared();
   fence_barrier_init();
@@ -73,13 +64,10 @@ cudaError_t launch(const LinearParams& p) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(sizeof(Smem)));
   }
-  int device = 0, sms = 0;
-  if (status == cudaSuccess) status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-  }
+  int sms = 0;
+  if (status == cudaSuccess) status = count_multiprocessors(sms);
   if (status != cudaSuccess) return status;
-  const int64_t tasks = int64_t{1} * p.shape.num_bh *
+  const int64_t tasks = int64_t{1} * p.bh_count *
                         std::max(p.shape.num_k_blocks, p.state == nullptr ? 0 : args.head_tiles);
   const int grid = static_cast<int>(std::min<int64_t>(sms, tasks));
   return launch_overlapped(kernel, grid, kLinearThreads, sizeof(Smem), p.stream, args);
@@ -87,14 +75,17 @@ cudaError_t launch(const LinearParams& p) {
 
 }  // namespace
 
-int linear_counters(const Shape& shape) { return 2 + (2 * ready_words(shape) + 1) * shape.num_bh; }
+int linear_counters(const Shape& shape, int bh_count) {
+  return 2 + (2 * ready_words(shape) + 1) * bh_count;
+}
 
 cudaError_t launch_linear_sm90(const LinearParams& p, int dtype, int head_dim) {
   return dispatch(dtype, head_dim, [&](auto instance) {
     using I = decltype(instance);
     switch (p.quant) {
       case SLA2_QUANT_NONE:
-        return launch<LinearBf16<typename I::Element, I::kHeadDim>>(p);
+        return p.backward ? launch<LinearBf16<typename I::Element, I::kHeadDim, true>>(p)
+                          : launch<LinearBf16<typename I::Element, I::kHeadDim, false>>(p);
       case SLA2_QUANT_INT8_FP8:
         return launch<LinearE4m3<typename I::Element, I::kHeadDim>>(p);
       default:

@@ -54,7 +54,7 @@ SLA2_HOST_DEVICE constexpr int ready_words(const Shape& shape) {
   return (shape.num_k_blocks + kWordBlocks - 1) / kWordBlocks;
 }
 
-// counters: state tickets, complement tickets, the ready words of all heads, their tiles_done.
+// counters: complement tickets, state tickets, the ready words of all heads, their tiles_done.
 __device__ __forceinline__ int take_ticket(int* counter) {
   int ticket;
   asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], 1;"
@@ -63,10 +63,10 @@ __device__ __forceinline__ int take_ticket(int* counter) {
                : "memory");
   return ticket;
 }
-__device__ __forceinline__ int take_state_ticket(const LinearArgs& args) {
+__device__ __forceinline__ int take_tile_ticket(const LinearArgs& args) {
   return take_ticket(args.p.counters);
 }
-__device__ __forceinline__ int take_tile_ticket(const LinearArgs& args) {
+__device__ __forceinline__ int take_state_ticket(const LinearArgs& args) {
   return take_ticket(args.p.counters + 1);
 }
 __device__ __forceinline__ uint64_t* states_ready(const LinearArgs& args, int bh, int block) {
@@ -74,8 +74,7 @@ __device__ __forceinline__ uint64_t* states_ready(const LinearArgs& args, int bh
          block / kWordBlocks;
 }
 __device__ __forceinline__ int* tiles_done(const LinearArgs& args, int bh) {
-  const Shape& shape = args.p.shape;
-  return args.p.counters + 2 + 2 * shape.num_bh * ready_words(shape) + bh;
+  return args.p.counters + 2 + 2 * args.p.bh_count * ready_words(args.p.shape) + bh;
 }
 
 // Everything this thread did or has seen becomes visible to those who see the increment.
@@ -125,7 +124,17 @@ __device__ __forceinline__ int wait_states(const LinearArgs& args, int bh, int b
 
 // The head that is the `turn`-th to be worked on.
 __device__ __forceinline__ int head_at(const LinearArgs& args, int turn) {
-  return args.p.shape.num_bh - 1 - turn;
+  return args.p.bh_count - 1 - turn;
+}
+
+// Of the calling warpgroup's threads, out of the CTA's pool.
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // The value of lane 0: the compiler keeps what follows from it, descriptors, in uniform registers.

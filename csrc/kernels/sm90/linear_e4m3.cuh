@@ -34,8 +34,7 @@ template <class Variant>
 __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
                                                 typename Variant::Smem& smem) {
   using Smem = typename Variant::Smem;
-  const Shape& shape = args.p.shape;
-  const int tickets = args.p.state == nullptr ? 0 : shape.num_bh * args.head_tiles;
+  const int tickets = args.p.state == nullptr ? 0 : args.p.bh_count * args.head_tiles;
   const int step_bytes = Smem::kTileBytes + 2 * 4 * args.tile_rows;
   const int blocks = e4m3_steps(args) * kStepBlocks;
   RingCursor<Smem::kTileStages> ring;
@@ -331,6 +330,7 @@ template <typename Element_, int kHeadDim_>
 struct LinearE4m3 {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_, kQuant = SLA2_QUANT_INT8_FP8;
+  static constexpr bool kBackward = false;
   using ComplementWorker = E4m3ComplementWorker<LinearE4m3>;
   using StateWorker = E4m3StateWorker<LinearE4m3>;
   static constexpr int kComplementRegisters = 112, kStateRegisters = 104, kCopyRegisters = 48;
@@ -411,7 +411,7 @@ struct LinearE4m3 {
       if (rows == 0) continue;
       status = encode_tensor_map<4>(
           args.h[part], p.h,
-          {kPanel, kLines, static_cast<uint64_t>(queries), static_cast<uint64_t>(p.shape.num_bh)},
+          {kPanel, kLines, static_cast<uint64_t>(queries), static_cast<uint64_t>(p.bh_count)},
           {kPanel * 2, kBytes, queries * kBytes}, {kPanel, 1, static_cast<uint32_t>(rows), 1});
     }
     return status;

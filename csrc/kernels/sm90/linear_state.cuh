@@ -31,7 +31,7 @@ struct StateServer {
   __device__ __forceinline__ bool enter(int next) {
     if (next == bh) return true;
     if (args.p.state != nullptr) {
-      if (next + args.p.state_slots < args.p.shape.num_bh) {
+      if (next + args.p.state_slots < args.p.bh_count) {
         const int* reads = tiles_done(args, next + args.p.state_slots);
         if (read_counter(reads) < args.head_reads) return false;
         acquire_counted();
@@ -39,8 +39,8 @@ struct StateServer {
       slot = next % args.p.state_slots;
     }
     bh = next;
-    head = bh % args.p.shape.num_heads;
-    batch = bh / args.p.shape.num_heads;
+    head = (args.p.bh_begin + bh) % args.p.shape.num_heads;
+    batch = (args.p.bh_begin + bh) / args.p.shape.num_heads;
     return true;
   }
 
@@ -95,7 +95,7 @@ struct StateServer {
   // A stage whose state leaves is loaded again first: the copy and the release that publish the
   // state take 2000 cycles, which the load would otherwise wait for.
   __device__ __forceinline__ void run() {
-    const int blocks = args.p.shape.num_k_blocks, tickets = args.p.shape.num_bh * blocks;
+    const int blocks = args.p.shape.num_k_blocks, tickets = args.p.bh_count * blocks;
     int ticket = take_state_ticket(args), next_ticket = take_state_ticket(args);
     while (ticket < tickets || taken > 0) {
       const StateTask stored = store();

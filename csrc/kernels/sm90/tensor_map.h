@@ -51,7 +51,7 @@ cudaError_t encode_tensor_map(CUtensorMap& map, const void* data, const uint64_t
 inline cudaError_t encode_mask(CUtensorMap& map, const LinearParams& p, uint32_t rows) {
   const uint64_t pitch = mask_pitch(p.shape.num_q_blocks);
   const uint64_t words = mask_words(p.shape.num_k_blocks);
-  return encode_tensor_map<3>(map, p.mask, {pitch, words, static_cast<uint64_t>(p.shape.num_bh)},
+  return encode_tensor_map<3>(map, p.mask, {pitch, words, static_cast<uint64_t>(p.bh_count)},
                               {pitch * 4, words * pitch * 4}, {rows, 2, 1}, 4,
                               CU_TENSOR_MAP_SWIZZLE_NONE);
 }
