@@ -39,7 +39,7 @@ constexpr int kPanelBytes = kBlockK * kPanel * 2;  // of 64 tokens or 64 key blo
 struct LinearArgs {
   CUtensorMap k, v;
   CUtensorMap state, mask;
-  CUtensorMap h[2];  // e4m3: H of the first 64 query blocks of a tile, of the rest
+  CUtensorMap h[2];  // e4m3: H of the first 64 query blocks of a tile, of the rest; see send_h
   LinearParams p;
   // Query blocks in complement tiles: of a tile (e4m3), in units of 64 (bf16); tiles of a head.
   int tile_rows, row_blocks, row_tiles;

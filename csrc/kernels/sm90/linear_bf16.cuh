@@ -18,14 +18,12 @@ struct Bf16StateWorker : StateWorker<Variant> {
   using typename Base::Smem;
   using typename Base::Stage;
 
-  // Features from `feature0` on of a panel of channels.
-  __device__ __forceinline__ void store_h(const float (&acc)[32], int panel, int feature0) const {
+  // h: of a panel of channels.
+  __device__ __forceinline__ void store_h(const float (&acc)[32], uint16_t* h, int feature0) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int feature = feature0 + 16 * warp + lane / 4 + 8 * half;
-      uint16_t* h =
-          state() + (Variant::kBackward ? feature * kHeadDim + panel * kPanel
-                                        : panel * kPanel * kHeadDim + h_row(feature) * kPanel);
+      uint16_t* row = h + (Variant::kBackward ? feature * kHeadDim : h_row(feature) * kPanel);
 #pragma unroll
       for (int i = 0; i < kPanel / 32; ++i) {
         uint32_t words[4];
@@ -35,7 +33,7 @@ struct Bf16StateWorker : StateWorker<Variant> {
           words[n] = Pair<__nv_bfloat16>::from_floats(pair[0], pair[1]);
         }
         // __stwb: an assignment came out as four 4-byte stores once, and L2 bound the kernel.
-        __stwb(reinterpret_cast<uint4*>(h + i * 32 + lane % 4 * 8),
+        __stwb(reinterpret_cast<uint4*>(row + i * 32 + lane % 4 * 8),
                make_uint4(words[0], words[1], words[2], words[3]));
       }
     }
@@ -84,7 +82,7 @@ struct Bf16StateWorker : StateWorker<Variant> {
         wgmma_wait<0>();
         pin(acc);
         pin(z);
-        store_h(acc, panel, m * kPanel);
+        store_h(acc, state() + panel * kPanel * (Variant::kBackward ? 1 : kHeadDim), m * kPanel);
         if (panel == 0) store_z(z, state() + kHeadDim * kHeadDim, m * kPanel);
       }
     }
@@ -109,12 +107,7 @@ struct LinearBf16 {
   static constexpr int kComplementRegisters = 136, kStateRegisters = 80, kCopyRegisters = 48;
 
   static constexpr int kTileStages = std::is_same_v<Element, __half> && kHeadDim == 128 ? 6 : 8;
-  struct Smem : StateSmem<Element, kHeadDim, 4>, Bf16TileSmem<TileShape, kTileStages> {
-    __device__ __forceinline__ void init() {
-      StateSmem<Element, kHeadDim, 4>::init();
-      Bf16TileSmem<TileShape, kTileStages>::init();
-    }
-  };
+  using Smem = Bf16TileSmem<TileShape, kTileStages, StateSmem<Element, kHeadDim, 4>>;
 
   static __device__ __forceinline__ void copies(const LinearArgs& args, Smem& smem, int warp) {
     switch (warp) {

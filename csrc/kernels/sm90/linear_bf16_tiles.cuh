@@ -25,8 +25,8 @@ struct Bf16TileShape {
 // z as a bf16 pair (high [D], low [D]). Where this launch makes the states, of each 32 channels
 // 8 n + 2 t + e lies at 8 t + 2 n + e. Lane t of a quad, which holds the pairs n in its
 // accumulators, so has 16 contiguous bytes where h is made, and, as the order is its own inverse,
-// again where H is. States from elsewhere have their channels in order, and lanes exchange pairs
-// where H is stored.
+// again where H is. States from elsewhere have their channels in order, and H leaves through shared
+// memory.
 
 struct Bf16Tile {
   int bh, column0;
@@ -46,9 +46,9 @@ __device__ __forceinline__ Bf16Tile bf16_tile(const LinearArgs& args, int ticket
   return tile;
 }
 
-// Shared memory of the complement: a ring of steps.
-template <class TileShape, int kStages>
-struct Bf16TileSmem {
+// Shared memory: what the variant has besides, then the complement's ring of steps.
+template <class TileShape, int kStages, class Base>
+struct Bf16TileSmem : Base {
   static constexpr int kTileStages = kStages;
   struct TileStage {
     char state[TileShape::kPanels][kPanelBytes];
@@ -60,6 +60,7 @@ struct Bf16TileSmem {
   uint64_t tile_empty[kStages];
 
   __device__ __forceinline__ void init() {
+    Base::init();
     if (threadIdx.x != 0) return;
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(smem_address(&tile_full[i]), 1);
@@ -131,27 +132,12 @@ __device__ __forceinline__ void load_bf16_tiles(const LinearArgs& args,
   mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
 }
 
-// Lane t of a quad gives its word u to lane u as word t.
-__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4]) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = threadIdx.x & bit;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t& low = words[bit == 1 ? 2 * i : i];
-      uint32_t& high = words[bit == 1 ? 2 * i + 1 : i + 2];
-      const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, bit);
-      (upper ? low : high) = other;
-    }
-  }
-}
-
 // One warpgroup of the complement stream.
 template <class Variant>
 struct Bf16ComplementWorker {
   using Smem = typename Variant::Smem;
   using TileShape = typename Variant::TileShape;
-  static constexpr int kHeadDim = Variant::kHeadDim;
+  static constexpr int kHeadDim = Variant::kHeadDim, kColumnsH = kHeadDim * kHeadDim;
   static constexpr int kAccumulators = kRowBlock * TileShape::kColumns / kWarpgroup;
 
   const LinearArgs& args;
@@ -240,16 +226,21 @@ struct Bf16ComplementWorker {
     for (int m = 0; m < kBlocks; ++m) pin(acc[m]);
   }
 
+  __device__ __forceinline__ static uint32_t halved_pair(const float (&acc)[kAccumulators], int n,
+                                                         int half) {
+    const float* pair = acc + 4 * n + 2 * half;
+    return Pair<__nv_bfloat16>::from_floats(0.5f * pair[0], 0.5f * pair[1]);
+  }
+
   // 64 query blocks: bf16 H or float Z, eight rows of 64 contiguous bytes a store. H is not read
   // here again: it should not push states out of L2.
   __device__ __forceinline__ void store(const float (&acc)[kAccumulators], const Bf16Tile& tile,
                                         int row0) const {
     const Shape& shape = args.p.shape;
-    constexpr int kColumnsH = kHeadDim * kHeadDim;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + 16 * warp + lane / 4 + 8 * half;
-      const bool valid = row < shape.num_q_blocks;
+      if (row >= shape.num_q_blocks) continue;
       const int64_t index = static_cast<int64_t>(tile.bh) * shape.num_q_blocks + row;
       if (tile.column0 < kColumnsH) {
         uint16_t* h = args.p.h + index * kColumnsH + tile.column0 + lane % 4 * 8;
@@ -257,17 +248,11 @@ struct Bf16ComplementWorker {
         for (int i = 0; i < TileShape::kColumns / 32; ++i) {
           uint32_t words[4];
 #pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            const float* pair = acc + 4 * (4 * i + n) + 2 * half;
-            words[n] = Pair<__nv_bfloat16>::from_floats(0.5f * pair[0], 0.5f * pair[1]);
-          }
-          if constexpr (!Variant::kMakesStates) transpose_quad(words);
-          if (valid) {
-            __stcs(reinterpret_cast<uint4*>(h + i * 32),
-                   make_uint4(words[0], words[1], words[2], words[3]));
-          }
+          for (int n = 0; n < 4; ++n) words[n] = halved_pair(acc, 4 * i + n, half);
+          __stcs(reinterpret_cast<uint4*>(h + i * 32),
+                 make_uint4(words[0], words[1], words[2], words[3]));
         }
-      } else if (valid) {
+      } else {
         float* z = args.p.z + index * (2 * kHeadDim) + tile.column0 - kColumnsH + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < TileShape::kColumns / 8; ++n) {
@@ -275,6 +260,32 @@ struct Bf16ComplementWorker {
           *reinterpret_cast<float2*>(z + 8 * n) = make_float2(0.5f * pair[0], 0.5f * pair[1]);
         }
       }
+    }
+  }
+
+  // H where its channels are in order, through the warp's own shared memory: the copy engine stores
+  // 16 rows, those past the end excepted, while the warp goes on.
+  __device__ __forceinline__ void send_h(const float (&acc)[kAccumulators], const Bf16Tile& tile,
+                                         int row0) const {
+    const uint32_t out = smem_address(smem.out[4 * group + warp]);
+    constexpr int kOutPanelBytes = 16 * 128;
+    if (elect_one()) bulk_store_wait_read();  // of the tile before
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < TileShape::kColumns / 8; n += 2) {
+      const uint32_t words[4] = {halved_pair(acc, n, 0), halved_pair(acc, n, 1),
+                                 halved_pair(acc, n + 1, 0), halved_pair(acc, n + 1, 1)};
+      stmatrix_x4(out + n / 8 * kOutPanelBytes + swizzle<128>(lane % 16, n % 8 + lane / 16), words);
+    }
+    fence_async_shared();
+    __syncwarp();
+    if (elect_one()) {
+#pragma unroll
+      for (int panel = 0; panel < TileShape::kPanels; ++panel) {
+        tensor_store(&args.h[0], out + panel * kOutPanelBytes, 0, tile.column0 / kPanel + panel,
+                     row0 + 16 * warp, tile.bh, evict_first());
+      }
+      bulk_store_commit();
     }
   }
 
@@ -289,7 +300,14 @@ struct Bf16ComplementWorker {
     }
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      store(acc[m], tile, (tile.first_block + m) * kRowBlock + row0);
+      const int first_row = (tile.first_block + m) * kRowBlock + row0;
+      if constexpr (!Variant::kMakesStates) {
+        if (tile.column0 < kColumnsH) {
+          send_h(acc[m], tile, first_row);
+          continue;
+        }
+      }
+      store(acc[m], tile, first_row);
     }
   }
 
@@ -307,7 +325,7 @@ struct Bf16ComplementWorker {
     for (;;) {
       wait_full();
       const int ticket = uniform(smem.tile_ticket[ring.stage]);
-      if (ticket < 0) return;
+      if (ticket < 0) break;
       const int tile_blocks = bf16_tile<Variant>(args, ticket).blocks;
       const int fewer = tile_blocks / kGroups, longer = tile_blocks % kGroups;
       const int row0 = (group * fewer + min(group, longer)) * kRowBlock;
@@ -321,6 +339,9 @@ struct Bf16ComplementWorker {
         default:
           skip();
       }
+    }
+    if constexpr (!Variant::kMakesStates) {
+      if (elect_one()) bulk_store_wait();
     }
   }
 };
