@@ -127,16 +127,6 @@ __device__ __forceinline__ int head_at(const LinearArgs& args, int turn) {
   return args.p.bh_count - 1 - turn;
 }
 
-// Of the calling warpgroup's threads, out of the CTA's pool.
-template <int kRegisters>
-__device__ __forceinline__ void grow_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void shrink_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
 // The value of lane 0: the compiler keeps what follows from it, descriptors, in uniform registers.
 template <typename T>
 __device__ __forceinline__ T uniform(T x) {

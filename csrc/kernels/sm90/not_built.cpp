@@ -19,5 +19,8 @@ cudaError_t launch_complement_sm90(const ComplementParams&, int) {
 cudaError_t launch_attn_fwd_sm90(const AttnParams&, int, int, int) {
   return cudaErrorNoKernelImageForDevice;
 }
+cudaError_t launch_bwd_columns_sm90(const AttnBwdParams&, int, int) {
+  return cudaErrorNoKernelImageForDevice;
+}
 
 }  // namespace sla2

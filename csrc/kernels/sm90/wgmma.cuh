@@ -154,6 +154,11 @@ struct Wgmma16<__nv_bfloat16, true, true> {
                                                                         "m64n64k16.f32.bf16.bf16",
                                                                         32, 33, 34, ", 1, 1, 1, 1")
 };
+// A in registers, B K-major in shared memory.
+SLA2_WGMMA_REGISTER_A(wgmma_bf16_nt, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32.bf16.bf16", 32, 33,
+                      34, 35, 36, 37, ", 1, 1, 0")
+SLA2_WGMMA_REGISTER_A(wgmma_bf16_nt, float, SLA2_KIND_FLOAT, 64, "m64n128k16.f32.bf16.bf16", 64, 65,
+                      66, 67, 68, 69, ", 1, 1, 0")
 
 #undef SLA2_TEXT_4
 #undef SLA2_TEXT_16
@@ -170,5 +175,16 @@ struct Wgmma16<__nv_bfloat16, true, true> {
 #undef SLA2_WGMMA_16
 #undef SLA2_KIND_INT
 #undef SLA2_KIND_FLOAT
+
+// A warpgroup's registers a thread from here on (setmaxnreg): more, once others have given up as
+// many, or fewer.
+template <int kRegisters>
+__device__ __forceinline__ void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
 
 }  // namespace sla2
