@@ -318,6 +318,7 @@ void run_heads(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffe
   const std::string problem = describe(p.shape);
   const int dtype = p.shape.dtype, head_dim = p.shape.head_dim;
   AttnBwdParams attn = attn_params(shape, p, buffers);
+  const auto launch_rows = buffers.sm90 ? launch_bwd_rows_sm90 : launch_bwd_rows_sm80;
   const auto launch_columns = buffers.sm90 ? launch_bwd_columns_sm90 : launch_bwd_columns_sm80;
   Group group = {0, 0, buffers.counters};
   for (; group.bh_begin < shape.num_bh; group.bh_begin += buffers.heads_per_group) {
@@ -325,7 +326,7 @@ void run_heads(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffe
     attn.bh_begin = group.bh_begin;
     attn.bh_count = group.bh_count;
     if (has_linear(p)) run_linear(shape, p, buffers, group);
-    check_launch(launch_bwd_rows_sm80(attn, dtype, head_dim), "bwd_rows", problem);
+    check_launch(launch_rows(attn, dtype, head_dim), "bwd_rows", problem);
     if (has_linear(p)) run_transposed_complement(shape, p, buffers, group);
     check_launch(launch_columns(attn, dtype, head_dim), "bwd_columns", problem);
     group.counters += buffers.group_counters;

@@ -325,6 +325,7 @@ cudaError_t launch_attn_fwd_sm90(const AttnParams&, int dtype, int head_dim, int
 cudaError_t launch_attn_fwd_sm80(const AttnParams&, int dtype, int head_dim, int quant);
 cudaError_t launch_column_lists(const ColumnListParams&);
 cudaError_t launch_bwd_rows_sm80(const AttnBwdParams&, int dtype, int head_dim);
+cudaError_t launch_bwd_rows_sm90(const AttnBwdParams&, int dtype, int head_dim);
 cudaError_t launch_bwd_columns_sm80(const AttnBwdParams&, int dtype, int head_dim);
 cudaError_t launch_bwd_columns_sm90(const AttnBwdParams&, int dtype, int head_dim);
 cudaError_t launch_centre_keys(const CentreParams&, int dtype, int head_dim);

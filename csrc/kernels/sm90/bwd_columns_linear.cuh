@@ -126,7 +126,7 @@ __device__ __forceinline__ void add_feature_gradient(KeyAcc<C>& dk, const KeyOpe
 #pragma unroll
   for (int step = 0; step < C::kHeadDim / 16; ++step) {
     const uint64_t dh = wgmma_descriptor(tiles[step / 4], 0, 1024, Swizzle::k128);
-    wgmma_bf16_nt(dphi, v[step], advance(dh, step % 4 * 32), step > 0);
+    WgmmaNt<__nv_bfloat16>::mma(dphi, v[step], advance(dh, step % 4 * 32), step > 0);
   }
   wgmma_commit();
   wgmma_wait<0>();

@@ -22,5 +22,8 @@ cudaError_t launch_attn_fwd_sm90(const AttnParams&, int, int, int) {
 cudaError_t launch_bwd_columns_sm90(const AttnBwdParams&, int, int) {
   return cudaErrorNoKernelImageForDevice;
 }
+cudaError_t launch_bwd_rows_sm90(const AttnBwdParams&, int, int) {
+  return cudaErrorNoKernelImageForDevice;
+}
 
 }  // namespace sla2

@@ -154,11 +154,30 @@ struct Wgmma16<__nv_bfloat16, true, true> {
                                                                         "m64n64k16.f32.bf16.bf16",
                                                                         32, 33, 34, ", 1, 1, 1, 1")
 };
-// A in registers, B K-major in shared memory.
-SLA2_WGMMA_REGISTER_A(wgmma_bf16_nt, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32.bf16.bf16", 32, 33,
-                      34, 35, 36, 37, ", 1, 1, 0")
-SLA2_WGMMA_REGISTER_A(wgmma_bf16_nt, float, SLA2_KIND_FLOAT, 64, "m64n128k16.f32.bf16.bf16", 64, 65,
-                      66, 67, 68, 69, ", 1, 1, 0")
+
+// D = A B^T (+ D): A in registers, B K-major in shared memory.
+template <typename Element>
+struct WgmmaNt;
+// clang-format off
+#define SLA2_WGMMA_NT(Element, type)                                                      \
+  template <>                                                                             \
+  struct WgmmaNt<Element> {                                                               \
+    static SLA2_WGMMA_REGISTER_A(mma, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32." type,  \
+                                 32, 33, 34, 35, 36, 37, ", 1, 1, 0")                     \
+    static SLA2_WGMMA_REGISTER_A(mma, float, SLA2_KIND_FLOAT, 64, "m64n128k16.f32." type, \
+                                 64, 65, 66, 67, 68, 69, ", 1, 1, 0")                     \
+  };
+SLA2_WGMMA_NT(__nv_bfloat16, "bf16.bf16")
+SLA2_WGMMA_NT(__half, "f16.f16")
+// D = A^T B (+ D), bf16: both MN-major in shared memory.
+struct WgmmaTn {
+  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32.bf16.bf16",
+                             32, 33, 34, ", 1, 1, 1, 1")
+  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 64, "m64n128k16.f32.bf16.bf16",
+                             64, 65, 66, ", 1, 1, 1, 1")
+};
+// clang-format on
+#undef SLA2_WGMMA_NT
 
 #undef SLA2_TEXT_4
 #undef SLA2_TEXT_16
