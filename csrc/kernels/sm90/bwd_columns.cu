@@ -210,6 +210,7 @@ __device__ __forceinline__ void compute(const AttnBwdParams& p, const BwdColumnM
     mbarrier_wait(smem_address(&smem.full[ring.stage][tile]), ring.parity);
   };
   const auto release = [&](int tile) {
+    __syncwarp();
     if (lane == 0) mbarrier_arrive(smem_address(&smem.empty[ring.stage][tile]));
   };
 
