@@ -32,6 +32,8 @@ HELPERS_SM90 = {
     "route_kernel": (2, 0),
     "linear_kernel": (12, 0),
     "complement_sm90_kernel": (2, 0),
+    "bwd_rows_sm90_kernel": (4, 0),
+    "bwd_columns_sm90_kernel": (4, 0),
 }
 FP8 = {
     "89": r"QMMA\.\S*E4M3",
