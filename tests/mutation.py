@@ -68,6 +68,8 @@ BWD_ROWS = f"{KERNELS}/sm80/bwd_rows.cu"
 BWD_COLUMNS = f"{KERNELS}/sm80/bwd_columns.cu"
 BWD_KEYS = f"{KERNELS}/sm80/bwd_columns_linear.cuh"
 BWD_FINISH = f"{KERNELS}/portable/bwd_finish.cu"
+BWD_ROWS_SM90 = f"{KERNELS}/sm90/bwd_rows.cu"
+BWD_COLUMNS_SM90 = f"{KERNELS}/sm90/bwd_columns.cu"
 ATTENTION_SM90 = f"{KERNELS}/sm90/attn_fwd.cuh"
 INPUTS_SM90 = f"{KERNELS}/sm90/attn_inputs.cuh"
 OUTPUT_SM90 = f"{KERNELS}/sm90/attn_output.cuh"
@@ -291,6 +293,31 @@ FAULTS = (
         "add_value_gradient<C>(dv, p_tile, dh_tile);",
         "for_each_vector<C>([&](int m, int n, int) { dv[m][n][0] = 0.f; });\n"
         "    add_value_gradient<C>(dv, p_tile, dh_tile);",
+        (f"{BACKWARD}::test_lengths",),
+    ),
+    Fault(
+        "scale missing in dQ, Hopper", BWD_ROWS_SM90,
+        "[&](int, int, int) { return p.softmax_scale; }", "[](int, int, int) { return 1.f; }",
+        (f"{BACKWARD}::test_lengths",),
+    ),
+    Fault(
+        "tail mask of dQ dropped, Hopper", BWD_ROWS_SM90,
+        "score_gradients<C, true>(", "score_gradients<C, false>(",
+        (f"{BACKWARD}::test_lengths",),
+    ),
+    Fault(
+        "mean of K left in dQ, Hopper", BWD_ROWS_SM90,
+        "dq[n][i] -= row_sums[i / 2] * (i % 2 == 0 ? x.x : x.y);", "(void)x;",
+        (f"{BACKWARD}::test_after_a_low_bit_forward_pass",),
+    ),
+    Fault(
+        "last part of a column lost, Hopper", BWD_COLUMNS_SM90,
+        "for (int j = 0; j < parts; ++j) {", "for (int j = 0; j < parts - 1; ++j) {",
+        (f"{BACKWARD}::test_a_column_in_parts",),
+    ),
+    Fault(
+        "statistics of another step of the ring, Hopper", BWD_COLUMNS_SM90,
+        "weigh<C>(s, smem.shift[ring.stage],", "weigh<C>(s, smem.shift[0],",
         (f"{BACKWARD}::test_lengths",),
     ),
     Fault(
