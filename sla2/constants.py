@@ -28,5 +28,14 @@ HEAD_DIMS: Final = (64, 128)
 QUANT_MODES: Final = ("none", "int8_fp16", "int8_fp8")
 """Precisions of the forward pass."""
 
+SOFT_MAP_MIN: Final = 2.0**-16
+"""Smallest m of stage 1's soft map that the sparse branch of the kernels attends to.
+
+The m of a row sum to K, those below this to less than T_n times it: of keys with like scores, a
+share under SOFT_MAP_MIN / topk, 5e-4 at 3 %, a quarter of what rounding P to bfloat16 may cost. No
+row is left without a block, as its largest m is at least 1 / 16384. In the linear branch 1 - m of a
+block left out is 1 in bfloat16.
+"""
+
 MAX_SEQLEN: Final = 1 << 20
 """Longest supported sequence: T_n = 16384 key blocks, whose indices fit uint16."""

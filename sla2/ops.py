@@ -8,14 +8,15 @@ fake gives their shapes from symbolic sizes, so `torch.compile`, CUDA graphs, se
 checkpointing and export see one opaque node. q, k, v, the output and their gradients are in
 `layout`, "BNHD" or "BHND".
 
-Devices: the CPU runs `sla2.blockwise`; CUDA runs the kernels for routing and the hard mode, forward
-and backward, and `sla2.blockwise` on the GPU for the soft mode (correct, slower).
+Devices: the CPU runs `sla2.blockwise`, CUDA the kernels; of the soft mode its small router tensors
+are PyTorch's on either.
 
 The kernels read 16 bytes at a time. A CUDA tensor whose address, or batch, token or head stride, is
 not a multiple of 16 bytes is copied first; any other strides, zero included, are used as they are.
 
 A call takes the kernels "sm90" where they can serve it, else "portable"; `kernel_path` (or the
 environment variable SLA2_PATH, read once at import) forces one set, for tests and benchmarks.
+Gradients and the soft mode are portable whatever it says.
 """
 
 from __future__ import annotations
@@ -165,6 +166,12 @@ def _alpha_operand(alpha_logit: Tensor | None, seqlen: int) -> tuple[int, int, b
     return alpha_logit.data_ptr(), stride_head, width != num_q_blocks(seqlen)
 
 
+def list_operand(lut: Tensor | None, counts: Tensor | None) -> tuple[int, int, int]:
+    if lut is None or counts is None:
+        return 0, 0, 0
+    return lut.data_ptr(), counts.data_ptr(), lut.shape[3]
+
+
 def _router_tensors(
     proj_q: Tensor, proj_k: Tensor, pinned_kv: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -213,8 +220,8 @@ def _attn_fwd_cuda(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lut: Tensor,
-    counts: Tensor,
+    lut: Tensor | None,
+    counts: Tensor | None,
     alpha_logit: Tensor | None,
     router: tuple[Tensor, Tensor, Tensor | None] | None,
     scale: float,
@@ -224,11 +231,14 @@ def _attn_fwd_cuda(
     phi_input: str,
     layout: str,
     save_for_backward: bool,
+    soft_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The forward pass by kernels. With `router`, `lut` and `counts` are written, else read."""
+    """The forward pass by kernels. With `router`, `lut` and `counts` are written, else read; with
+    `soft_map`, (B, H, T_m, T_n) contiguous float32, there are none and the kernels are portable."""
     ext = _extension()
     b, n, h, d = sizes(q, layout)
-    num_kv_blocks = lut.shape[3]
+    lists = list_operand(lut, counts)
+    num_kv_blocks = lists[2]
     with torch.cuda.device(q.device):
         out, lse = empty_like(q), new_lse(q, layout)
         out_sparse = _saved_sparse(q, branch, save_for_backward)
@@ -242,13 +252,17 @@ def _attn_fwd_cuda(
         options = (
             _QUANTS[quant],
             _BRANCHES[branch],
-            _PATHS[_path.get()],
+            _PATHS["portable" if soft_map is not None else _path.get()],
             phi_input == "raw",
             smooth_k,
             scale,
         )
         size = ext.attn_fwd_workspace(
-            shape=shape, options=options, routed=router is not None, max_kv_blocks=num_kv_blocks
+            shape=shape,
+            options=options,
+            routed=router is not None,
+            soft=soft_map is not None,
+            max_kv_blocks=num_kv_blocks,
         )
         workspace = q.new_empty((size,), dtype=torch.uint8)
         ext.attn_fwd(
@@ -262,7 +276,8 @@ def _attn_fwd_cuda(
             lse=lse.data_ptr(),
             alpha=_alpha_operand(alpha_logit, n),
             router=None if router is None else _router_operand(*router, num_kv_blocks),
-            lists=(lut.data_ptr(), counts.data_ptr(), num_kv_blocks),
+            lists=lists,
+            soft_map=0 if soft_map is None else soft_map.data_ptr(),
             workspace=(workspace.data_ptr(), size),
             stream=torch.cuda.current_stream(q.device).cuda_stream,
         )

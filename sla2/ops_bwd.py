@@ -1,6 +1,7 @@
 """The gradients of `sla2.ops` as an operator, `sla2::attn_bwd`, that `sla2.autograd` calls.
 
-Conventions as in `sla2.ops`: the CPU runs `sla2.blockwise`, CUDA the kernels.
+Conventions as in `sla2.ops`: the CPU runs `sla2.blockwise`, CUDA the kernels. `sla2.ops_soft` calls
+these too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .ops import (
     empty_grads,
     empty_like,
     in_layout,
+    list_operand,
     sizes,
 )
 
@@ -41,27 +43,32 @@ def _attn_bwd_cuda(
     v: Tensor,
     out_sparse: Tensor,
     lse: Tensor,
-    lut: Tensor,
-    counts: Tensor,
+    lut: Tensor | None,
+    counts: Tensor | None,
     alpha_logit: Tensor | None,
     scale: float,
     branch: str,
     smooth_k: bool,
     phi_input: str,
     layout: str,
+    soft_map: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """`_attn_bwd` by the kernels."""
+    """`_attn_bwd` by the kernels; with `soft_map` instead of lists, also the gradient of log m."""
     ext = _extension()
     b, n, h, d = sizes(q, layout)
-    num_kv_blocks = lut.shape[3]
     with torch.cuda.device(q.device):
         grads = empty_grads(q, k, v)
         grad_alpha = _new_grad_alpha(q, alpha_logit)
+        grad_log_map = None if soft_map is None else empty_like(soft_map)
         # Copies stay referenced until the launch; the allocator orders their reuse on this stream.
         q, k, v, grad_out = (_kernel_input(bnhd(x, layout)) for x in (q, k, v, grad_out))
         if branch != "linear":
             out_sparse, lse = _kernel_input(bnhd(out_sparse, layout)), lse.contiguous()
-        lut, counts = lut.contiguous(), counts.contiguous()
+        if lut is not None and counts is not None:
+            lut, counts = lut.contiguous(), counts.contiguous()
+        lists = list_operand(lut, counts)
+        if soft_map is not None:
+            soft_map = soft_map.contiguous()
         if alpha_logit is not None:
             alpha_logit = alpha_logit.contiguous()
         alpha = _alpha_operand(alpha_logit, n)
@@ -72,7 +79,8 @@ def _attn_bwd_cuda(
             shape=shape,
             options=options,
             alpha_per_token=alpha is not None and alpha[2],
-            max_kv_blocks=num_kv_blocks,
+            soft=soft_map is not None,
+            max_kv_blocks=lists[2],
         )
         workspace = q.new_empty((size,), dtype=torch.uint8)
         grad_q, grad_k, grad_v = (_operand(bnhd(x, layout)) for x in grads)
@@ -86,15 +94,18 @@ def _attn_bwd_cuda(
             out_sparse=_operand(out_sparse) if branch != "linear" else None,
             lse=lse.data_ptr(),
             alpha=alpha,
-            lists=(lut.data_ptr(), counts.data_ptr(), num_kv_blocks),
+            lists=lists,
             grad_q=grad_q,
             grad_k=grad_k,
             grad_v=grad_v,
             grad_alpha_logit=grad_alpha.data_ptr() if branch == "both" else 0,
+            soft_map=0 if soft_map is None else soft_map.data_ptr(),
+            grad_log_map=0 if grad_log_map is None else grad_log_map.data_ptr(),
             workspace=(workspace.data_ptr(), size),
             stream=torch.cuda.current_stream(q.device).cuda_stream,
         )
-    return *grads, grad_alpha
+    made = (*grads, grad_alpha)
+    return made if grad_log_map is None else (*made, grad_log_map)
 
 
 def _attn_bwd(

@@ -1,8 +1,10 @@
 """Stage 1 as PyTorch operators: attention under the SoftTop-k mask, and its gradients.
 
-`sla2::soft_fwd` and `sla2::soft_bwd` run `sla2.blockwise` on every device. Conventions as in
-`sla2.ops`. Pinned key blocks have the mask 1 and no gradient, so the backward pass need not know
-them.
+`sla2::soft_fwd` and `sla2::soft_bwd`, conventions as in `sla2.ops`. The CPU runs `sla2.blockwise`.
+On CUDA the mask m and its gradient, (B, H, T_m, T_n), come from `sla2.blockwise` too, which does
+not wait for the device there; everything of N tokens is kernels. These attend to the key blocks
+with m >= SOFT_MAP_MIN. Pinned key blocks have the mask 1 and no gradient, so the backward pass need
+not know them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from torch import Tensor
 from . import blockwise
 from .autograd import Grads, keep_needed, no_second_order
 from .checks import check_pinned_range, num_k_blocks, num_q_blocks
+from .constants import BLOCK_K, BLOCK_Q
 from .ops import (
+    _attn_fwd_cuda,
     bnhd,
     check_device,
     empty_grads,
@@ -25,6 +29,7 @@ from .ops import (
     new_lse,
     sizes,
 )
+from .ops_bwd import _attn_bwd_cuda
 
 
 def _new_mask(q: Tensor, layout: str) -> Tensor:
@@ -53,18 +58,30 @@ def _soft_fwd(
     if q.numel() == 0:
         mask = _new_mask(q, layout).zero_()
         return empty_like(q), new_lse(q, layout), empty_like(q), mask
-    num_tokens = sizes(q, layout)[1]
-    check_pinned_range(pinned_kv, num_tokens)
-    if pinned_kv is not None and q.device.type == "cuda":
-        # Out of range means ignored there; as an index it would stop the device.
-        pinned_kv = pinned_kv[(pinned_kv >= 0) & (pinned_kv < num_k_blocks(num_tokens))]
+    # torch.matmul picks its algorithm by requires_grad; eager and compiled should agree.
+    projs = proj_q.detach(), proj_k.detach()
+    if q.device.type == "cuda":
+        mask = blockwise.soft_map(
+            bnhd(q, layout),
+            bnhd(k, layout),
+            *projs,
+            pinned_kv,
+            num_kv_blocks,
+            tau=tau,
+            router_score=router_score,
+            smooth_k=smooth_k,
+        )
+        fwd = _attn_fwd_cuda(
+            q, k, v, None, None, alpha_logit, None, scale, "none", "both", smooth_k, phi_input,
+            layout, True, mask,
+        )  # fmt: skip
+        return *fwd, mask
+    check_pinned_range(pinned_kv, sizes(q, layout)[1])
     out, lse, out_sparse, mask = blockwise.soft_fwd(
         bnhd(q, layout),
         bnhd(k, layout),
         bnhd(v, layout),
-        # torch.matmul picks its algorithm by requires_grad; eager and compiled should agree.
-        proj_q.detach(),
-        proj_k.detach(),
+        *projs,
         alpha_logit,
         num_kv_blocks=num_kv_blocks,
         pinned_kv=pinned_kv,
@@ -98,8 +115,27 @@ def _soft_bwd(
     """Gradients of `soft_fwd` with respect to q, k, v, proj_q, proj_k and alpha_logit."""
     check_device(q)
     if q.numel() == 0:
-        projs = (empty_like(x).zero_() for x in (proj_q, proj_k))
-        return *empty_grads(q, k, v), *projs, empty_like(alpha_logit).zero_()
+        zeros = (empty_like(x).zero_() for x in (proj_q, proj_k, alpha_logit))
+        return *empty_grads(q, k, v), *zeros
+    if q.device.type == "cuda":
+        *grads, grad_alpha, grad_log = _attn_bwd_cuda(
+            grad_out, q, k, v, out_sparse, lse, None, None, alpha_logit, scale, "both", smooth_k,
+            phi_input, layout, mask,
+        )  # fmt: skip
+        *grad_projs, dq_block, dk_block = blockwise.soft_map_backward(
+            bnhd(q, layout),
+            bnhd(k, layout),
+            proj_q.detach(),
+            proj_k.detach(),
+            mask,
+            grad_log,
+            tau=tau,
+            router_score=router_score,
+            smooth_k=smooth_k,
+        )
+        blockwise.add_to_blocks_(bnhd(grads[0], layout), dq_block, BLOCK_Q)
+        blockwise.add_to_blocks_(bnhd(grads[1], layout), dk_block, BLOCK_K)
+        return *grads, *grad_projs, grad_alpha
     dq, dk, dv, *params = blockwise.soft_bwd(
         bnhd(grad_out, layout),
         bnhd(q, layout),

@@ -1,9 +1,8 @@
 """Do the tests notice? Seeds faults into a copy of the kernels, one at a time, and runs the tests.
 
     python tests/mutation.py --output mutation.json            # all of them
-    python tests/mutation.py --only "tail mask dropped"
+    python tests/mutation.py --only "tail mask dropped"        # --list: their names
     python tests/mutation.py --part 1/3                        # a third, for a time limit
-    python tests/mutation.py --list
 
 Needs an NVIDIA GPU, nvcc, cmake, ninja, pybind11 and the test requirements. The tree itself is not
 touched. For each fault the tests that should notice run first; if they pass, the fault's fallback.
@@ -28,9 +27,9 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KERNELS = "csrc/kernels"
-FORWARD, BACKWARD, MEMORY, VALUES, RUNTIME, SANITIZER = (
+FORWARD, BACKWARD, SOFT, MEMORY, VALUES, RUNTIME, SANITIZER = (
     f"tests/gpu/test_gpu_{name}.py"
-    for name in ("forward", "backward", "memory", "values", "runtime", "sanitizer")
+    for name in ("forward", "backward", "soft", "memory", "values", "runtime", "sanitizer")
 )
 INSTANCES = f"{FORWARD}::test_instance"
 RACES = (f"{SANITIZER}::test_tool_reports_nothing[portable-racecheck]",)
@@ -54,30 +53,28 @@ class Fault:
         return "auto" if "kernels/sm90/" in self.file else "portable"
 
 
-ATTENTION = f"{KERNELS}/sm80/attn_fwd.cuh"
-OUTPUT = f"{KERNELS}/common/attn_output.cuh"
-QUERY = f"{KERNELS}/sm80/attn_query.cuh"
-SOFTMAX = f"{KERNELS}/common/softmax.cuh"
+OUTPUT, SOFTMAX, CONVERT, LAYOUT = (
+    f"{KERNELS}/common/{name}.cuh" for name in ("attn_output", "softmax", "convert", "layout")
+)
+POOL, ROUTER, STATE, BWD_FINISH = (
+    f"{KERNELS}/portable/{name}.cu" for name in ("pool", "router", "linear_state", "bwd_finish")
+)
+ATTENTION, QUERY, BWD_KEYS = (
+    f"{KERNELS}/sm80/{name}.cuh" for name in ("attn_fwd", "attn_query", "bwd_columns_linear")
+)
 COMPLEMENT = f"{KERNELS}/sm80/complement.cu"
-STATE = f"{KERNELS}/portable/linear_state.cu"
-POOL = f"{KERNELS}/portable/pool.cu"
-ROUTER = f"{KERNELS}/portable/router.cu"
-CONVERT = f"{KERNELS}/common/convert.cuh"
-LAYOUT = f"{KERNELS}/common/layout.cuh"
-BWD_ROWS = f"{KERNELS}/sm80/bwd_rows.cu"
-BWD_COLUMNS = f"{KERNELS}/sm80/bwd_columns.cu"
-BWD_KEYS = f"{KERNELS}/sm80/bwd_columns_linear.cuh"
-BWD_FINISH = f"{KERNELS}/portable/bwd_finish.cu"
-BWD_ROWS_SM90 = f"{KERNELS}/sm90/bwd_rows.cu"
-BWD_COLUMNS_SM90 = f"{KERNELS}/sm90/bwd_columns.cu"
-ATTENTION_SM90 = f"{KERNELS}/sm90/attn_fwd.cuh"
-INPUTS_SM90 = f"{KERNELS}/sm90/attn_inputs.cuh"
-OUTPUT_SM90 = f"{KERNELS}/sm90/attn_output.cuh"
+SOFT_PRODUCTS = f"{KERNELS}/sm80/soft_products.cu"
+BWD_ROWS, BWD_COLUMNS, BWD_ROWS_SM90, BWD_COLUMNS_SM90 = (
+    f"{KERNELS}/sm{arch}/bwd_{name}.cu" for arch in (80, 90) for name in ("rows", "columns")
+)
+ATTENTION_SM90, INPUTS_SM90, OUTPUT_SM90 = (
+    f"{KERNELS}/sm90/attn_{name}.cuh" for name in ("fwd", "inputs", "output")
+)
 ROUTE_SM90 = f"{KERNELS}/sm90/router.cu"
-SELECT_SM90 = f"{KERNELS}/sm90/router_select.cuh"
-SPLIT_SM90 = f"{KERNELS}/sm90/router_split.cuh"
-LINEAR_SM90 = f"{KERNELS}/sm90/linear_e4m3.cuh"
-STATE_SM90 = f"{KERNELS}/sm90/linear_e4m3_state.cuh"
+SELECT_SM90, SPLIT_SM90, LINEAR_SM90, STATE_SM90 = (
+    f"{KERNELS}/sm90/{name}.cuh"
+    for name in ("router_select", "router_split", "linear_e4m3", "linear_e4m3_state")
+)
 
 FAULTS = (
     Fault(
@@ -132,7 +129,7 @@ FAULTS = (
     ),
     Fault(
         "floor of the score scale missing", ATTENTION,
-        "max_nan(block_scale * fabsf(pending[0]), 1e-37f)", "block_scale * fabsf(pending[0])",
+        "max_nan(block_scale * fabsf(factor), 1e-37f)", "block_scale * fabsf(factor)",
         (f"{VALUES}::test_equal_logits",),
     ),
     Fault(
@@ -329,6 +326,31 @@ FAULTS = (
         "gradient of alpha not summed over the batch", BWD_FINISH,
         "bh += shared ? 1 : p.shape.num_heads", "bh += p.shape.num_bh",
         (f"{BACKWARD}::test_options",),
+    ),
+    Fault(
+        "log m missing in the forward pass", ATTENTION,
+        "kSoft ? log2_approx(fabsf(factor)) : shift", "shift",
+        (f"{SOFT}::test_lengths",),
+    ),
+    Fault(
+        "log m missing in dQ", BWD_ROWS,
+        "shift -= log2_weight;", ";",
+        (f"{SOFT}::test_lengths",),
+    ),
+    Fault(
+        "sums of dS over half a block", BWD_ROWS,
+        "block_sum += x + y;", "block_sum += x;",
+        (f"{SOFT}::test_the_gradient_of_log_m",),
+    ),
+    Fault(
+        "linear share of the gradient of log m missing", SOFT_PRODUCTS,
+        "fmaf(-weight, acc[m][n][i], sparse)", "sparse",
+        (f"{SOFT}::test_the_gradient_of_log_m",),
+    ),
+    Fault(
+        "a block at the threshold left out", LAYOUT,
+        "return !(m < SLA2_SOFT_MAP_MIN);", "return m > SLA2_SOFT_MAP_MIN;",
+        (f"{SOFT}::test_the_threshold",),
     ),
 )  # fmt: skip
 

@@ -392,14 +392,15 @@ class Recorder:
 
     def attn_fwd(
         self, *, shape: Any, options: Any, q: Any, k: Any, v: Any, out: Any, out_sparse: Any,
-        lse: Any, alpha: Any, router: Any, lists: Any, workspace: Any, stream: Any,
+        lse: Any, alpha: Any, router: Any, lists: Any, soft_map: Any, workspace: Any, stream: Any,
     ) -> None:  # fmt: skip
         self.calls["attn_fwd"] = {n: x for n, x in locals().items() if n != "self"}
 
     def attn_fwd_workspace(
-        self, *, shape: Any, options: Any, routed: Any, max_kv_blocks: Any
+        self, *, shape: Any, options: Any, routed: Any, soft: Any, max_kv_blocks: Any
     ) -> int:
-        self.calls["attn_fwd_workspace"] = {"routed": routed, "max_kv_blocks": max_kv_blocks}
+        given = {"routed": routed, "soft": soft, "max_kv_blocks": max_kv_blocks}
+        self.calls["attn_fwd_workspace"] = given
         return 256
 
     def route(
@@ -449,7 +450,24 @@ def test_arguments_of_attn_fwd(layout: str, alpha: str, recorder: Recorder) -> N
     assert call["lists"] == (lut.data_ptr(), counts.data_ptr(), 2)
     assert call["lse"] == lse.data_ptr() and call["stream"] == 77
     assert call["workspace"][0] != 0 and call["workspace"][1] == 256
-    assert recorder.calls["attn_fwd_workspace"] == {"routed": True, "max_kv_blocks": 2}
+    workspace = {"routed": True, "soft": False, "max_kv_blocks": 2}
+    assert recorder.calls["attn_fwd_workspace"] == workspace and call["soft_map"] == 0
+
+
+def test_arguments_with_a_soft_map(recorder: Recorder) -> None:
+    """No lists, and portable kernels whatever path is forced."""
+    i = make_inputs(Case(1, 300, 3, 64, "2", torch.bfloat16))
+    m = torch.rand(1, 3, 3, 5)
+    with ops.kernel_path("sm90"):
+        ops._attn_fwd_cuda(
+            i.q, i.k, i.v, None, None, i.alpha_logit, None, 0.125, "none", "both", True,
+            "smoothed", "BNHD", True, m,
+        )  # fmt: skip
+    call = recorder.calls["attn_fwd"]
+    assert call["options"] == (0, 0, 1, False, True, 0.125)
+    assert call["lists"] == (0, 0, 0) and call["soft_map"] == m.data_ptr()
+    workspace = {"routed": False, "soft": True, "max_kv_blocks": 0}
+    assert recorder.calls["attn_fwd_workspace"] == workspace
 
 
 def test_arguments_without_router_and_of_route(recorder: Recorder) -> None:

@@ -7,6 +7,8 @@
 // The second complement is the first one transposed: it sums the gradients of the states over the
 // query blocks that do not list a key block. On path sm90 both are Hopper kernels, the first one
 // with linear_state in a single launch, `linear`; the others are portable.
+// With a soft map all are portable: soft_lists stands in for compact, weighted_sum for complement,
+// and map_grad follows bwd_rows.
 #include <algorithm>
 #include <cstdint>
 #include <utility>
@@ -54,7 +56,8 @@ struct BwdBuffers {
   uint16_t* lut;
   int* counts;
   uint32_t* mask;
-  uint32_t* mask_transposed;
+  uint32_t* mask_transposed;  // of a hard map
+  uint16_t* weights;          // of a soft one
   ColumnLists columns;
   float* alpha_partial;
   int* counters;  // sm90
@@ -70,14 +73,14 @@ int64_t alpha_width(const Shape& shape, const sla2_attn_bwd_params& p) {
 ColumnLists plan_columns(Arena& arena, const Shape& shape, const sla2_attn_bwd_params& p) {
   ColumnLists columns = {};
   const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
-  columns.rows_per_head = static_cast<int64_t>(shape.num_q_blocks) * p.lists.max_kv_blocks;
+  columns.rows_per_head = static_cast<int64_t>(shape.num_q_blocks) * list_width(shape, p);
   const int64_t average = (columns.rows_per_head + shape.num_k_blocks - 1) / shape.num_k_blocks;
   const int64_t split = std::max(kSplitBlocks, 4 * average);
   // Cut columns have fewer than 2 length / split parts each and fewer than length / split more
   // items than others.
+  const bool may_cut = has_sparse(p) && split < shape.num_q_blocks;
   const int64_t slots =
-      has_sparse(p) ? std::min<int64_t>(2 * columns.rows_per_head / split, shape.num_k_blocks / 4)
-                    : 0;
+      may_cut ? std::min<int64_t>(2 * columns.rows_per_head / split, shape.num_k_blocks / 4) : 0;
   columns.split_blocks = static_cast<int>(split);
   columns.num_slots = static_cast<int>(slots);
   columns.num_items =
@@ -116,7 +119,7 @@ GroupBuffers plan_group(Arena& arena, const Shape& shape, const sla2_attn_bwd_pa
 
 BwdBuffers plan_attn_bwd(Arena& arena, const Shape& shape, const sla2_attn_bwd_params& p) {
   BwdBuffers buffers = {};
-  buffers.sm90 = uses_sm90(SLA2_QUANT_NONE, p.path);
+  buffers.sm90 = p.soft_map == nullptr && uses_sm90(SLA2_QUANT_NONE, p.path);
   const int64_t d = p.shape.head_dim;
   const int64_t heads = shape.num_bh;
   const int64_t q_rows = heads * shape.num_q_blocks, k_rows = heads * shape.num_k_blocks;
@@ -125,11 +128,13 @@ BwdBuffers plan_attn_bwd(Arena& arena, const Shape& shape, const sla2_attn_bwd_p
     buffers.dk_mean = arena.take<float>(heads * d);
   }
   buffers.k_mean = arena.take<float>(heads * d);
-  buffers.lut = arena.take<uint16_t>(q_rows * p.lists.max_kv_blocks);
+  buffers.lut = arena.take<uint16_t>(q_rows * list_width(shape, p));
   buffers.counts = arena.take<int>(q_rows);
   buffers.mask =
       arena.take<uint32_t>(heads * mask_words(shape.num_k_blocks) * mask_pitch(shape.num_q_blocks));
-  if (has_linear(p)) {
+  if (p.soft_map != nullptr) {
+    buffers.weights = arena.take<uint16_t>(q_rows * weight_pitch(shape.num_k_blocks));
+  } else if (has_linear(p)) {
     buffers.mask_transposed = arena.take<uint32_t>(heads * mask_words(shape.num_q_blocks) *
                                                    mask_pitch(shape.num_k_blocks));
   }
@@ -176,15 +181,13 @@ void prepare(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers
   reduce.stream = p.stream;
   run_pool(shape, p.shape, pool, reduce);
 
-  const CompactParams compact = {shape,       p.lists.lut,    p.lists.counts, p.lists.max_kv_blocks,
-                                 buffers.lut, buffers.counts, p.stream};
-  check_launch(launch_compact(compact), "compact", problem);
+  run_lists(shape, p, buffers.lut, buffers.counts, buffers.weights);
   ComplementParams complement = {};
   complement.shape = shape;
   complement.bh_count = shape.num_bh;
   complement.lut = buffers.lut;
   complement.counts = buffers.counts;
-  complement.max_kv_blocks = p.lists.max_kv_blocks;
+  complement.max_kv_blocks = list_width(shape, p);
   complement.mask = buffers.mask;
   complement.stream = p.stream;
   check_launch(launch_complement_mask(complement), "complement_mask", problem);
@@ -208,7 +211,7 @@ AttnBwdParams attn_params(const Shape& shape, const sla2_attn_bwd_params& p,
   attn.lse = p.lse;
   attn.lut = buffers.lut;
   attn.counts = buffers.counts;
-  attn.max_kv_blocks = p.lists.max_kv_blocks;
+  attn.max_kv_blocks = list_width(shape, p);
   attn.k_mean = buffers.k_mean;
   attn.alpha_logit = p.alpha_logit;
   attn.alpha_stride_head = p.alpha_stride_head;
@@ -227,6 +230,8 @@ AttnBwdParams attn_params(const Shape& shape, const sla2_attn_bwd_params& p,
   attn.columns = buffers.columns;
   attn.partials = buffers.group.partials;
   attn.dk_sum = buffers.block_sums;
+  attn.soft_map = p.soft_map;
+  attn.grad_log_map = p.grad_log_map;
   attn.stream = p.stream;
   return attn;
 }
@@ -241,6 +246,37 @@ struct Group {
   int bh_begin, bh_count;
   int* counters;
 };
+
+// The sums of the group's states, or of their gradients with the weights transposed, under a soft
+// map.
+void sum_weighted(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers& buffers,
+                  const Group& group, bool transposed) {
+  const GroupBuffers& heads = buffers.group;
+  const int64_t size = int64_t{1} * shape.num_q_blocks * weight_pitch(shape.num_k_blocks);
+  const WeightedSumParams sum = {shape,
+                                 group.bh_count,
+                                 transposed,
+                                 buffers.weights + group.bh_begin * size,
+                                 transposed ? heads.dstate_q : heads.state,
+                                 transposed ? heads.state : heads.h,
+                                 transposed ? heads.dz : heads.z,
+                                 p.stream};
+  check_launch(launch_weighted_sum(sum, p.shape.head_dim), "weighted_sum", describe(p.shape));
+}
+
+// The gradient of log m of the group.
+void run_map_grad(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers& buffers,
+                  const Group& group) {
+  const int64_t first = int64_t{1} * group.bh_begin * shape.num_q_blocks * shape.num_k_blocks;
+  const MapGradParams grad = {shape,
+                              group.bh_count,
+                              buffers.group.dstate_q,
+                              buffers.group.state,
+                              p.soft_map + first,
+                              p.grad_log_map + first,
+                              p.stream};
+  check_launch(launch_map_grad(grad, p.shape.head_dim), "map_grad", describe(p.shape));
+}
 
 // H = (1 - M) h and Z = (1 - M) z of the group.
 void run_linear(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers& buffers,
@@ -282,6 +318,10 @@ void run_linear(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuff
   state.phi_raw_k = p.phi_raw_k;
   state.stream = p.stream;
   check_launch(launch_linear_state(state, dtype, head_dim), "linear_state", problem);
+  if (p.soft_map != nullptr) {
+    sum_weighted(shape, p, buffers, group, false);
+    return;
+  }
   ComplementParams complement = {};
   complement.shape = shape;
   complement.bh_count = group.bh_count;
@@ -296,6 +336,10 @@ void run_linear(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuff
 // dh = (1 - M)^T dH and dz of the group.
 void run_transposed_complement(const Shape& shape, const sla2_attn_bwd_params& p,
                                const BwdBuffers& buffers, const Group& group) {
+  if (p.soft_map != nullptr) {
+    sum_weighted(shape, p, buffers, group, true);
+    return;
+  }
   ComplementParams complement = {};
   complement.shape = shape;
   std::swap(complement.shape.num_q_blocks, complement.shape.num_k_blocks);
@@ -327,6 +371,7 @@ void run_heads(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffe
     attn.bh_count = group.bh_count;
     if (has_linear(p)) run_linear(shape, p, buffers, group);
     check_launch(launch_rows(attn, dtype, head_dim), "bwd_rows", problem);
+    if (p.soft_map != nullptr) run_map_grad(shape, p, buffers, group);
     if (has_linear(p)) run_transposed_complement(shape, p, buffers, group);
     check_launch(launch_columns(attn, dtype, head_dim), "bwd_columns", problem);
     group.counters += buffers.group_counters;

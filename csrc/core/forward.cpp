@@ -4,6 +4,8 @@
 //   portable: pool -> reduce -> project -> score -> select, or compact -> per group of heads
 //     [linear_state -> complement_mask -> complement] -> attn
 //   sm90:     pool -> reduce -> project -> route, or compact -> complement_mask -> linear -> attn
+//   soft map: pool -> reduce -> soft_lists -> per group of heads [linear_state -> weighted_sum]
+//     -> attn, all portable
 //
 // Path auto takes sm90 where the device and the request allow it. Its router is sm90's even where
 // the rest is portable.
@@ -57,7 +59,8 @@ struct Buffers {
   int* counts;
   void* records;
   float* k_scale;
-  uint32_t* mask;
+  uint32_t* mask;     // of a hard map
+  uint16_t* weights;  // of a soft one
   void* state;
   int state_slots;  // sm90
   uint16_t* h;
@@ -117,7 +120,8 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
   const int64_t k_rows = static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks;
   const bool routed = p.router.proj_q != nullptr;
   const int quant = sparse_quant(p);
-  buffers.sm90 = uses_sm90(p.quant, p.path) && lists_fit_sm90(p);
+  const bool soft = p.soft_map != nullptr;
+  buffers.sm90 = !soft && uses_sm90(p.quant, p.path) && lists_fit_sm90(p);
   if (p.smooth_k || routed) buffers.k_sum = arena.take<float>(k_rows * d);
   buffers.k_mean = arena.take<float>(shape.num_bh * d);
   if (routed) {
@@ -125,7 +129,7 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
     buffers.route =
         plan_route(arena, shape, p.shape.head_dim, uses_sm90(SLA2_QUANT_NONE, p.path), false);
   } else {
-    buffers.lut = arena.take<uint16_t>(q_rows * p.lists.max_kv_blocks);
+    buffers.lut = arena.take<uint16_t>(q_rows * list_width(shape, p));
     buffers.counts = arena.take<int>(q_rows);
   }
   if (quant != SLA2_QUANT_NONE) {
@@ -156,9 +160,13 @@ Buffers plan_attn_fwd(Arena& arena, const Shape& shape, const sla2_attn_fwd_para
           static_cast<int>(std::clamp<int64_t>(group_bytes / head_bytes, 1, shape.num_bh));
       buffers.state = arena.take<char>(buffers.heads_per_group * head_bytes);
     }
-    buffers.mask =
-        arena.take<uint32_t>(static_cast<int64_t>(buffers.heads_per_group) *
-                             mask_words(shape.num_k_blocks) * mask_pitch(shape.num_q_blocks));
+    if (soft) {
+      buffers.weights = arena.take<uint16_t>(q_rows * weight_pitch(shape.num_k_blocks));
+    } else {
+      buffers.mask =
+          arena.take<uint32_t>(static_cast<int64_t>(buffers.heads_per_group) *
+                               mask_words(shape.num_k_blocks) * mask_pitch(shape.num_q_blocks));
+    }
     buffers.h = arena.take<uint16_t>(q_rows * d * d);
     buffers.z = arena.take<float>(q_rows * (buffers.sm90 ? z_parts(quant) : 2) * d);
   }
@@ -279,7 +287,18 @@ void run_linear(const Shape& shape, const sla2_attn_fwd_params& p, const Buffers
     state.bh_count = complement.bh_count = std::min(buffers.heads_per_group, shape.num_bh - bh);
     check_launch(launch_linear_state(state, p.shape.dtype, p.shape.head_dim), "linear_state",
                  problem);
-    if (has_linear(p)) {
+    if (p.soft_map != nullptr) {
+      const int64_t row = static_cast<int64_t>(bh) * shape.num_q_blocks, d = p.shape.head_dim;
+      const WeightedSumParams sum = {shape,
+                                     state.bh_count,
+                                     false,
+                                     buffers.weights + row * weight_pitch(shape.num_k_blocks),
+                                     state.state,
+                                     buffers.h + row * d * d,
+                                     buffers.z + row * 2 * d,
+                                     p.stream};
+      check_launch(launch_weighted_sum(sum, p.shape.head_dim), "weighted_sum", problem);
+    } else if (has_linear(p)) {
       check_launch(launch_complement_mask(complement), "complement_mask", problem);
       check_launch(launch_complement(complement, p.shape.head_dim), "complement", problem);
     }
@@ -311,6 +330,7 @@ void run_attention(const Shape& shape, const sla2_attn_fwd_params& p, const Buff
   attn.alpha_per_token = p.alpha_per_token;
   attn.branch = p.branch;
   attn.softmax_scale = p.softmax_scale;
+  attn.soft_map = p.soft_map;
   attn.stream = p.stream;
   const auto launch = buffers.sm90 ? launch_attn_fwd_sm90 : launch_attn_fwd_sm80;
   check_launch(launch(attn, p.shape.dtype, p.shape.head_dim, sparse_quant(p)), "attn_fwd",
@@ -425,12 +445,8 @@ sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params) {
       sla2::run_router(shape, p.shape, p.router, buffers.route, buffers.k_sum, buffers.k_mean,
                        p.lists, nullptr, buffers.sm90 ? buffers.mask : nullptr, p.stream);
     } else {
-      const sla2::CompactParams compact = {
-          shape,       p.lists.lut,    p.lists.counts, p.lists.max_kv_blocks,
-          buffers.lut, buffers.counts, p.stream};
-      sla2::check_launch(sla2::launch_compact(compact), "compact", sla2::describe(p.shape));
-      lists.lut = buffers.lut;
-      lists.counts = buffers.counts;
+      sla2::run_lists(shape, p, buffers.lut, buffers.counts, buffers.weights);
+      lists = {buffers.lut, buffers.counts, sla2::list_width(shape, p)};
     }
     if (sla2::has_linear(p) || sla2::sparse_quant(p) != SLA2_QUANT_NONE)
       sla2::run_linear(shape, p, buffers, lists, buffers.route.fused);

@@ -68,4 +68,24 @@ inline void run_pool(const Shape& shape, const sla2_shape& given, PoolParams poo
   check_launch(launch_reduce(reduce, given.head_dim), "reduce", problem);
 }
 
+// Width of the lists that the kernels read: a soft map may list every key block.
+template <typename Params>
+int list_width(const Shape& shape, const Params& p) {
+  return p.soft_map != nullptr ? shape.num_k_blocks : p.lists.max_kv_blocks;
+}
+
+// The caller's lists made safe, or those of a soft map with the linear branch's weights.
+template <typename Params>
+void run_lists(const Shape& shape, const Params& p, uint16_t* lut, int* counts, uint16_t* weights) {
+  const std::string problem = describe(p.shape);
+  if (p.soft_map != nullptr) {
+    const SoftListParams soft = {shape, p.soft_map, lut, counts, weights, p.stream};
+    check_launch(launch_soft_lists(soft), "soft_lists", problem);
+    return;
+  }
+  const CompactParams compact = {shape, p.lists.lut, p.lists.counts, p.lists.max_kv_blocks,
+                                 lut,   counts,      p.stream};
+  check_launch(launch_compact(compact), "compact", problem);
+}
+
 }  // namespace sla2

@@ -48,6 +48,12 @@ void validate_lists(const sla2_block_lists& lists, int num_k_blocks) {
           ": allowed are 1 to T_n = ", num_k_blocks);
 }
 
+template <typename Params>
+void validate_soft_map(const Params& params) {
+  require(params.branch == SLA2_BRANCH_BOTH, "branch is ", params.branch,
+          " with a soft_map: it is for both branches");
+}
+
 void validate_choice(int value, int last, const char* name) {
   require(value >= 0 && value <= last, name, " is ", value, ": allowed are 0 to ", last);
 }
@@ -103,7 +109,16 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
   validate_tensor(params.out, "out", params.shape);
   if (params.out_sparse.data != nullptr)
     validate_tensor(params.out_sparse, "out_sparse", params.shape);
-  validate_lists(params.lists, shape.num_k_blocks);
+  if (params.soft_map != nullptr) {
+    validate_soft_map(params);
+    require(params.quant == SLA2_QUANT_NONE, "quant is ", params.quant,
+            " with a soft_map: it must be SLA2_QUANT_NONE");
+    require(params.path != SLA2_PATH_SM90,
+            "path is SLA2_PATH_SM90 with a soft_map: its kernels are portable");
+    require(params.router.proj_q == nullptr, "router.proj_q is not null with a soft_map");
+  } else {
+    validate_lists(params.lists, shape.num_k_blocks);
+  }
   if (params.router.proj_q != nullptr) {
     validate_router(params.router, shape.num_k_blocks);
     require(params.lists.max_kv_blocks == params.router.num_kv_blocks, "lists.max_kv_blocks is ",
@@ -133,7 +148,12 @@ void validate_attn_bwd(const sla2_attn_bwd_params& params) {
     validate_tensor(params.out_sparse, "out_sparse", params.shape);
     require(params.lse != nullptr, "lse is null");
   }
-  validate_lists(params.lists, shape.num_k_blocks);
+  if (params.soft_map != nullptr) {
+    validate_soft_map(params);
+    require(params.grad_log_map != nullptr, "grad_log_map is null with a soft_map");
+  } else {
+    validate_lists(params.lists, shape.num_k_blocks);
+  }
   require(params.branch != SLA2_BRANCH_BOTH || params.alpha_logit != nullptr,
           "alpha_logit is null with both branches");
   require(params.branch != SLA2_BRANCH_BOTH || params.grad_alpha_logit != nullptr,

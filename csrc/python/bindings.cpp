@@ -86,14 +86,17 @@ void set_alpha(Params& params, const std::optional<AlphaTuple>& alpha) {
   params.alpha_per_token = std::get<2>(*alpha);
 }
 
+// For optional inputs of which only the presence counts.
+const float kAnything = 0.f;
+
 size_t attn_fwd_workspace(const ShapeTuple& shape, const OptionsTuple& options, bool routed,
-                          int max_kv_blocks) {
-  static const float kAnyProjection = 0.f;  // only its presence counts
+                          bool soft, int max_kv_blocks) {
   sla2_attn_fwd_params params = {};
   params.size = sizeof(params);
   params.shape = to_shape(shape);
   set_options(params, options);
-  params.router.proj_q = routed ? &kAnyProjection : nullptr;
+  params.router.proj_q = routed ? &kAnything : nullptr;
+  params.soft_map = soft ? &kAnything : nullptr;
   params.lists.max_kv_blocks = max_kv_blocks;
   size_t bytes = 0;
   check(sla2_attn_fwd_workspace(&params, &bytes));
@@ -104,7 +107,8 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
               const TensorTuple& k, const TensorTuple& v, const TensorTuple& out,
               const std::optional<TensorTuple>& out_sparse, Pointer lse,
               const std::optional<AlphaTuple>& alpha, const std::optional<RouterTuple>& router,
-              const ListsTuple& lists, const WorkspaceTuple& workspace, Pointer stream) {
+              const ListsTuple& lists, Pointer soft_map, const WorkspaceTuple& workspace,
+              Pointer stream) {
   sla2_attn_fwd_params params = {};
   params.size = sizeof(params);
   params.shape = to_shape(shape);
@@ -118,6 +122,7 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
   set_alpha(params, alpha);
   if (router) params.router = to_router(*router);
   params.lists = to_lists(lists);
+  params.soft_map = pointer<const float>(soft_map);
   params.workspace = pointer<void>(std::get<0>(workspace));
   params.workspace_bytes = std::get<1>(workspace);
   params.stream = pointer<CUstream_st>(stream);
@@ -128,12 +133,13 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
 }
 
 size_t attn_bwd_workspace(const ShapeTuple& shape, const GradOptionsTuple& options,
-                          bool alpha_per_token, int max_kv_blocks) {
+                          bool alpha_per_token, bool soft, int max_kv_blocks) {
   sla2_attn_bwd_params params = {};
   params.size = sizeof(params);
   params.shape = to_shape(shape);
   set_options(params, options);
   params.alpha_per_token = alpha_per_token;
+  params.soft_map = soft ? &kAnything : nullptr;
   params.lists.max_kv_blocks = max_kv_blocks;
   size_t bytes = 0;
   check(sla2_attn_bwd_workspace(&params, &bytes));
@@ -145,7 +151,8 @@ void attn_bwd(const ShapeTuple& shape, const GradOptionsTuple& options, const Te
               const std::optional<TensorTuple>& out_sparse, Pointer lse,
               const std::optional<AlphaTuple>& alpha, const ListsTuple& lists,
               const TensorTuple& grad_q, const TensorTuple& grad_k, const TensorTuple& grad_v,
-              Pointer grad_alpha_logit, const WorkspaceTuple& workspace, Pointer stream) {
+              Pointer grad_alpha_logit, Pointer soft_map, Pointer grad_log_map,
+              const WorkspaceTuple& workspace, Pointer stream) {
   sla2_attn_bwd_params params = {};
   params.size = sizeof(params);
   params.shape = to_shape(shape);
@@ -162,6 +169,8 @@ void attn_bwd(const ShapeTuple& shape, const GradOptionsTuple& options, const Te
   params.grad_k = to_tensor(grad_k);
   params.grad_v = to_tensor(grad_v);
   params.grad_alpha_logit = pointer<float>(grad_alpha_logit);
+  params.soft_map = pointer<const float>(soft_map);
+  params.grad_log_map = pointer<float>(grad_log_map);
   params.workspace = pointer<void>(std::get<0>(workspace));
   params.workspace_bytes = std::get<1>(workspace);
   params.stream = pointer<CUstream_st>(stream);
@@ -221,16 +230,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Raw-pointer interface to libsla2; sla2.ops is its only caller.";
   m.def("attn_fwd", &attn_fwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"),
         py::arg("k"), py::arg("v"), py::arg("out"), py::arg("out_sparse"), py::arg("lse"),
-        py::arg("alpha"), py::arg("router"), py::arg("lists"), py::arg("workspace"),
-        py::arg("stream"));
+        py::arg("alpha"), py::arg("router"), py::arg("lists"), py::arg("soft_map") = 0,
+        py::arg("workspace"), py::arg("stream"));
   m.def("attn_fwd_workspace", &attn_fwd_workspace, py::kw_only(), py::arg("shape"),
-        py::arg("options"), py::arg("routed"), py::arg("max_kv_blocks"));
+        py::arg("options"), py::arg("routed"), py::arg("soft") = false, py::arg("max_kv_blocks"));
   m.def("attn_bwd", &attn_bwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"),
         py::arg("k"), py::arg("v"), py::arg("grad_out"), py::arg("out_sparse"), py::arg("lse"),
         py::arg("alpha"), py::arg("lists"), py::arg("grad_q"), py::arg("grad_k"), py::arg("grad_v"),
-        py::arg("grad_alpha_logit"), py::arg("workspace"), py::arg("stream"));
+        py::arg("grad_alpha_logit"), py::arg("soft_map") = 0, py::arg("grad_log_map") = 0,
+        py::arg("workspace"), py::arg("stream"));
   m.def("attn_bwd_workspace", &attn_bwd_workspace, py::kw_only(), py::arg("shape"),
-        py::arg("options"), py::arg("alpha_per_token"), py::arg("max_kv_blocks"));
+        py::arg("options"), py::arg("alpha_per_token"), py::arg("soft") = false,
+        py::arg("max_kv_blocks"));
   m.def("route", &route, py::kw_only(), py::arg("shape"), py::arg("path"), py::arg("smooth_k"),
         py::arg("q"), py::arg("k"), py::arg("router"), py::arg("lists"), py::arg("scores"),
         py::arg("workspace"), py::arg("stream"));

@@ -13,7 +13,16 @@ explicit functions, which `sla2.ops` registers.
 
 from .backward import attn_bwd
 from .forward import attn_fwd
-from .router import route
+from .router import add_to_blocks_, route, soft_map, soft_map_backward
 from .soft import soft_bwd, soft_fwd
 
-__all__ = ["attn_bwd", "attn_fwd", "route", "soft_bwd", "soft_fwd"]
+__all__ = [
+    "add_to_blocks_",
+    "attn_bwd",
+    "attn_fwd",
+    "route",
+    "soft_bwd",
+    "soft_fwd",
+    "soft_map",
+    "soft_map_backward",
+]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..constants import BLOCK_K, BLOCK_Q
 from .layout import (
     ceil_div,
+    chunk_elements,
     compute_dtype,
     head_groups,
     load_blocks,
@@ -119,38 +120,141 @@ def soft_top_k(p_c: Tensor, k: int, tau: float, pinned: Tensor | None) -> Tensor
     """m = sigmoid(P_c / tau + lambda) with sum_j m_j = k per row (eq. 14-15); P_c (..., T_n).
 
     lambda by bisection, in float64: float32 sums of many small m would stall it. Pinned blocks have
-    m = 1 and count toward k.
+    m = 1 and count toward k; indices out of range are ignored. Does not wait for the device.
     """
     x = p_c.double() / tau
-    fixed = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
-    if pinned is not None and pinned.numel():
-        fixed[pinned.to(device=x.device, dtype=torch.int64)] = True
-    num_fixed = int(fixed.sum())
-    target, free = k - num_fixed, x.shape[-1] - num_fixed
-    if target in (0, free):  # no finite lambda reaches these sums
-        m = torch.full_like(x, 1.0 if target else 0.0)
-    else:
-        low = -x.masked_fill(fixed, -math.inf).amax(-1, keepdim=True) - 10.0
-        high = -x.masked_fill(fixed, math.inf).amin(-1, keepdim=True) + 10.0
-        x.masked_fill_(fixed, -math.inf)
-        work = torch.empty_like(x)
-        for _ in range(64):
-            middle = (low + high) / 2
-            too_few = torch.add(x, middle, out=work).sigmoid_().sum(-1, keepdim=True) < target
-            low, high = low.where(~too_few, middle), high.where(too_few, middle)
-        m = x.add_((low + high) / 2).sigmoid_()
+    blocks = x.shape[-1]
+    fixed = torch.zeros(blocks + 1, dtype=torch.bool, device=x.device)
+    if pinned is not None:
+        index = pinned.to(device=x.device, dtype=torch.int64)
+        fixed.index_fill_(0, index.where((index >= 0) & (index < blocks), blocks), True)
+    fixed = fixed[:blocks]
+    num_fixed = fixed.sum()
+    target, free = k - num_fixed, blocks - num_fixed
+    low = -x.masked_fill(fixed, -math.inf).amax(-1, keepdim=True) - 10.0
+    high = -x.masked_fill(fixed, math.inf).amin(-1, keepdim=True) + 10.0
+    x.masked_fill_(fixed, -math.inf)
+    work = torch.empty_like(x)
+    for _ in range(64):
+        middle = (low + high) / 2
+        too_few = torch.add(x, middle, out=work).sigmoid_().sum(-1, keepdim=True) < target
+        low, high = low.where(~too_few, middle), high.where(too_few, middle)
+    m = x.add_((low + high) / 2).sigmoid_()
+    # No finite lambda reaches these sums.
+    m = m.masked_fill_(target == 0, 0.0).masked_fill_(target == free, 1.0)
     return m.masked_fill_(fixed, 1.0).to(p_c.dtype)
 
 
-def soft_top_k_backward(m: Tensor, grad: Tensor, grad_log: Tensor, tau: float) -> Tensor:
-    """dL/dP_c from the gradients of m and of log m, with lambda's share (implicit differentiation).
+def soft_top_k_backward(m: Tensor, grad_log: Tensor, tau: float) -> Tensor:
+    """dL/dP_c from the gradient of log m, with lambda's share (implicit differentiation).
 
-    dL/dP_c,j = (1/tau) v_j (g_j - sum(g v) / sum(v)), v = m (1 - m), g = grad + grad_log / m.
-    The product v g is formed without dividing by m, which may underflow.
+    dL/dP_c,j = (1/tau) v_j (g_j - sum(g v) / sum(v)), v = m (1 - m), g = grad_log / m. The product
+    v g is formed without dividing by m, which may underflow.
     """
     m = m.double()
     v = m * (1.0 - m)
-    vg = v * grad + (1.0 - m) * grad_log
+    vg = (1.0 - m) * grad_log
     total = v.sum(-1, keepdim=True)
     share = torch.where(total > 0.0, v / total, 0.0)  # all 0 where every m is 0 or 1
-    return vg.sub_(share.mul_(vg.sum(-1, keepdim=True))).div_(tau).to(grad.dtype)
+    return vg.sub_(share.mul_(vg.sum(-1, keepdim=True))).div_(tau).to(grad_log.dtype)
+
+
+def pooled(x: Tensor, block: int, *, centre: bool) -> Tensor:
+    """X_bar of x (B, N, H, D), the tail by its true length: (B, H, T, D) in the compute type.
+
+    centre: of x minus its mean over the tokens.
+    """
+    tokens, dtype = x.shape[1], compute_dtype(x)
+    whole = tokens // block
+    # Sums in the compute type without a copy of x in it.
+    sums = x[:, : whole * block].unflatten(1, (whole, block)).sum(2, dtype=dtype)
+    if whole * block < tokens:
+        tail = x[:, whole * block :].sum(1, keepdim=True, dtype=dtype)
+        sums = torch.cat([sums, tail], 1)
+    sums = sums.transpose(1, 2)
+    means = sums / block_lengths(tokens, block, x.device)
+    return means.sub_(sums.sum(2, keepdim=True) / tokens) if centre else means
+
+
+@plain_math
+def soft_map(
+    q: Tensor,
+    k: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    pinned_kv: Tensor | None,
+    num_kv_blocks: int,
+    *,
+    tau: float,
+    router_score: str,
+    smooth_k: bool,
+) -> Tensor:
+    """The SoftTop-k mask m (B, H, T_m, T_n) of q, k (B, N, H, D), in the compute type.
+
+    Does not wait for the device. Besides m some float64 tensors exist of a few rows at a time.
+    """
+    dtype = compute_dtype(q)
+    q_bar = pooled(q, BLOCK_Q, centre=False)
+    k_bar = pooled(k, BLOCK_K, centre=smooth_k)
+    heads = slice(0, q.shape[2])
+    table = scores(q_bar, k_bar, head_proj(proj_q, heads, dtype), head_proj(proj_k, heads, dtype))
+    for rows in _row_chunks(table):
+        p_c = soft_scores(rows, router_score, q.shape[3])
+        rows.copy_(soft_top_k(p_c, num_kv_blocks, tau, pinned_kv))
+    return table
+
+
+@plain_math
+def soft_map_backward(
+    q: Tensor,
+    k: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    mask: Tensor,
+    grad_log: Tensor,
+    *,
+    tau: float,
+    router_score: str,
+    smooth_k: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From dL/d(log m) through `soft_map`: exact, as lambda moves with the scores.
+
+    grad_log: like mask; overwritten. Pinned blocks need no argument: their m is 1, where m (1 - m)
+    vanishes. Returns the gradients of the projections, summed over what shares them, and those that
+    each token of a block gets in q, (B, H, T_m, D), and in k, (B, H, T_n, D): see `add_to_blocks_`.
+    """
+    dtype, (_, tokens, heads, dim) = compute_dtype(q), q.shape
+    q_bar = pooled(q, BLOCK_Q, centre=False)
+    k_bar = pooled(k, BLOCK_K, centre=smooth_k)
+    w_q, w_k = (head_proj(proj, slice(0, heads), dtype) for proj in (proj_q, proj_k))
+    a, c = q_bar @ w_q, k_bar @ w_k
+    table = a @ c.mT
+    for m, grad, rows in zip(*map(_row_chunks, (mask, grad_log, table)), strict=True):
+        p_c = soft_scores(rows, router_score, dim)
+        grad_p = soft_top_k_backward(m, grad, tau)
+        grad.copy_(soft_scores_backward(grad_p, p_c, router_score, dim))
+    da, dc = grad_log @ c, grad_log.mT @ a
+    projs = ((q_bar.mT @ da).sum(0), (k_bar.mT @ dc).sum(0))
+    if proj_q.dim() == 2:
+        projs = (projs[0].sum(0), projs[1].sum(0))
+    dq_bar, dk_bar = da @ w_q.mT, dc @ w_k.mT
+    dq = dq_bar / block_lengths(tokens, BLOCK_Q, q.device)
+    dk = dk_bar / block_lengths(tokens, BLOCK_K, q.device)
+    if smooth_k:  # the mean over the tokens of what each of them gets
+        dk -= dk_bar.sum(2, keepdim=True) / tokens
+    return *projs, dq, dk
+
+
+def _row_chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """Rows of (B, H, T_m, T_n) as views (R, T_n), few enough for float64 copies."""
+    rows = max(1, chunk_elements(x.device) // (4 * x.shape[-1]))
+    return x.flatten(0, 2).split(rows)
+
+
+def add_to_blocks_(grad: Tensor, shares: Tensor, block: int) -> None:
+    """Adds to every token what its block gives: grad (B, N, H, D), shares (B, H, T, D)."""
+    whole = grad.shape[1] // block
+    shares = shares.transpose(1, 2)
+    body = grad[:, : whole * block].unflatten(1, (whole, block))
+    body += shares[:, :whole, None]
+    grad[:, whole * block :] += shares[:, whole:]

@@ -30,16 +30,7 @@ from .layout import (
     token_rows,
 )
 from .linear import LinearBranch
-from .router import (
-    block_lengths,
-    head_proj,
-    mean_pool,
-    scores,
-    soft_scores,
-    soft_scores_backward,
-    soft_top_k,
-    soft_top_k_backward,
-)
+from .router import add_to_blocks_, soft_map, soft_map_backward
 
 
 def _query_chunks(mask: Tensor) -> Iterator[slice]:
@@ -98,7 +89,10 @@ def soft_fwd(
     dtype = compute_dtype(q)
     out, out_sparse = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(2))
     lse = torch.empty(batch, heads, tokens, dtype=dtype, device=q.device)
-    mask = torch.empty(batch, heads, blocks_q, blocks_k, dtype=dtype, device=q.device)
+    mask = soft_map(
+        q, k, proj_q, proj_k, pinned_kv, num_kv_blocks, tau=tau, router_score=router_score,
+        smooth_k=smooth_k,
+    )  # fmt: skip
     scratch = Scratch(dtype, q.device)
     for b, hs in head_groups(q, BLOCK_Q):
         group = hs.stop - hs.start
@@ -111,15 +105,7 @@ def soft_fwd(
         if smooth_k:
             smooth_(key_rows, tokens)
 
-        table = scores(
-            mean_pool(queries, group, tokens),
-            mean_pool(keys, group, tokens),
-            head_proj(proj_q, hs, dtype),
-            head_proj(proj_k, hs, dtype),
-        )
-        m = soft_top_k(soft_scores(table, router_score, dim), num_kv_blocks, tau, pinned_kv)
-        mask[b, hs] = m
-
+        m = mask[b, hs]
         log_m = m.log()
         query_rows = queries.view(group, blocks_q, BLOCK_Q, dim)
         o_sparse = torch.empty_like(query_rows)
@@ -162,11 +148,10 @@ def soft_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dq, dk, dv, dproj_q, dproj_k, dalpha_logit) of `soft_fwd`.
 
-    out_sparse, lse and mask as `soft_fwd` returned them. The mask's gradient is the exact implicit
-    one (lambda moves with the scores) and reaches q and k through the pooled means as well. Pinned
-    blocks need no argument: their m is 1, where m (1 - m) vanishes.
+    out_sparse, lse and mask as `soft_fwd` returned them. The mask's gradient reaches q and k
+    through the pooled means as well.
     """
-    tokens, dim = q.shape[1], q.shape[3]
+    tokens = q.shape[1]
     blocks_q, blocks_k = ceil_div(tokens, BLOCK_Q), ceil_div(tokens, BLOCK_K)
     dtype = compute_dtype(q)
     raw = phi_input == "raw"
@@ -203,20 +188,18 @@ def soft_bwd(
             load_rows(lse[b, hs], BLOCK_Q, dtype), m, scale, tokens, scratch, dqs, dks, dvs,
         )  # fmt: skip
 
-        # Through the router: P_c, the projections, the pooled means.
-        q_bar, k_bar = mean_pool(queries, group, tokens), mean_pool(keys, group, tokens)
-        w_q, w_k = head_proj(proj_q, hs, dtype), head_proj(proj_k, hs, dtype)
-        a, c = q_bar @ w_q, k_bar @ w_k
-        p_c = soft_scores(a @ c.mT, router_score, dim)
-        dp_c = soft_top_k_backward(m, dw.neg_(), dlog_m, tau)
-        dtable = soft_scores_backward(dp_c, p_c, router_score, dim)
-        da, dc = dtable @ c, dtable.mT @ a
-        _add_proj_grad_(dproj_q, q_bar.mT @ da, hs)
-        _add_proj_grad_(dproj_k, k_bar.mT @ dc, hs)
-        _add_pooled_grad_(dqs, da @ w_q.mT, tokens)
-        _add_pooled_grad_(dks[:-1], dc @ w_k.mT, tokens)
-
         merge_key_grads_(dks, dk_phi, group, tokens, smooth_k=smooth_k, raw=raw)
+
+        per_head = proj_q.dim() == 3
+        *dprojs, dq_block, dk_block = soft_map_backward(
+            q[b : b + 1, :, hs], k[b : b + 1, :, hs], proj_q[hs] if per_head else proj_q,
+            proj_k[hs] if per_head else proj_k, m[None], dlog_m.addcmul_(m, dw, value=-1)[None],
+            tau=tau, router_score=router_score, smooth_k=smooth_k,
+        )  # fmt: skip
+        for total, part in zip((dproj_q, dproj_k), dprojs, strict=True):
+            (total[hs] if per_head else total).add_(part)
+        add_to_blocks_(_as_tokens(dqs, group, tokens), dq_block, BLOCK_Q)
+        add_to_blocks_(_as_tokens(dks[:-1], group, tokens), dk_block, BLOCK_K)
         store_blocks(dqs, dq[b, :, hs])
         store_blocks(dks, dk[b, :, hs])
         store_blocks(dvs, dv[b, :, hs])
@@ -267,18 +250,6 @@ def _sparse_backward(
     return dlog_m
 
 
-def _add_proj_grad_(grad: Tensor, per_head: Tensor, heads: slice) -> None:
-    """per_head (G, D, D) into grad (D, D) or (H, D, D)."""
-    if grad.dim() == 2:
-        grad += per_head.sum(0)
-    else:
-        grad[heads] += per_head
-
-
-def _add_pooled_grad_(grad: Tensor, pooled: Tensor, tokens: int) -> None:
-    """Spread the gradient of block means (G, T, D) over the true rows of grad (G * T, block, D)."""
-    block = grad.shape[1]
-    share = pooled / block_lengths(tokens, block, grad.device)
-    heads, blocks, _ = pooled.shape
-    grad += share.view(heads * blocks, 1, -1)
-    token_rows(grad, heads, blocks)[:, tokens:] = 0.0
+def _as_tokens(blocks: Tensor, heads: int, tokens: int) -> Tensor:
+    """Padded blocks (G * T, block, D) as a (1, N, G, D) view."""
+    return token_rows(blocks, heads, blocks.shape[0] // heads)[:, :tokens].transpose(0, 1)[None]

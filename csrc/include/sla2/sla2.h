@@ -27,6 +27,8 @@ extern "C" {
 #define SLA2_BLOCK_Q 128
 #define SLA2_BLOCK_K 64
 #define SLA2_MAX_SEQLEN (1 << 20)
+// A soft map's smallest weight that the sparse branch attends to: 2^-16.
+#define SLA2_SOFT_MAP_MIN (1.0f / 65536.0f)
 
 typedef enum sla2_status {
   SLA2_OK = 0,
@@ -133,6 +135,10 @@ typedef struct sla2_attn_fwd_params {
   int32_t alpha_per_token;    // 0: one value per query block, 1: one per token
   sla2_router router;         // proj_q null: `lists` is an input; otherwise it is an output
   sla2_block_lists lists;
+  // [B, H, T_m, T_n], optional: a soft map m in [0, 1] instead of lists, which then are not read. P
+  // = softmax(S + log m) over the key blocks with m >= SLA2_SOFT_MAP_MIN; the linear branch weighs
+  // each block by 1 - m. Without routing, with quant NONE, branch BOTH, and not on path SM90.
+  const float* soft_map;
   void* workspace;  // sla2_attn_fwd_workspace() bytes, 256-byte aligned
   size_t workspace_bytes;
   cudaStream_t stream;
@@ -164,6 +170,8 @@ typedef struct sla2_attn_bwd_params {
   sla2_tensor grad_v;       // [B, N, H, D]
   float* grad_alpha_logit;  // addressed like alpha_logit, summed over what shares an entry; output
                             // when branch is BOTH
+  const float* soft_map;    // as in the forward call; lists are not read then
+  float* grad_log_map;      // [B, H, T_m, T_n] gradient of log m; output when there is a soft map
   void* workspace;          // sla2_attn_bwd_workspace() bytes, 256-byte aligned
   size_t workspace_bytes;
   cudaStream_t stream;

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "sla2/sla2.h"
+
 namespace sla2 {
 
 constexpr int kBlockQ = 128;
@@ -12,6 +14,8 @@ constexpr int kBlockK = 64;
 constexpr float kQuantEps = 1e-30f;
 constexpr float kInt8Max = 127.f;
 constexpr float kE4m3Max = 448.f;
+// NaN is listed too, so that it shows in every result.
+__device__ __forceinline__ bool is_listed(float m) { return !(m < SLA2_SOFT_MAP_MIN); }
 
 // Byte offset of 16-byte chunk `chunk` of row `row` in a tile with kRowBytes per row. The XOR
 // spreads the eight rows that one ldmatrix reads over all 32 banks. It is the hardware's 128-byte

@@ -89,6 +89,17 @@ struct CompactParams {
   cudaStream_t stream;
 };
 
+// A soft map m made into lists of the key blocks with m >= SLA2_SOFT_MAP_MIN, and the linear
+// branch's weights 1 - m, which of the other blocks round to 1.
+struct SoftListParams {
+  Shape shape;
+  const float* map;   // [BH, T_m, T_n]
+  uint16_t* lut;      // [BH, T_m, T_n]
+  int* counts;        // [BH, T_m]
+  uint16_t* weights;  // bf16 [BH, T_m, weight_pitch(T_n)], zeros from T_n on
+  cudaStream_t stream;
+};
+
 // Quantised K/V records and linear-branch states of heads [bh_begin, bh_begin + bh_count), one read
 // of K and V.
 struct StateParams {
@@ -133,6 +144,24 @@ SLA2_HOST_DEVICE constexpr int mask_pitch(int num_q_blocks) {
   return (num_q_blocks + 127) / 128 * 128;
 }
 
+// The weights 1 - m of a soft map are rows of this many key blocks: whole tiles.
+SLA2_HOST_DEVICE constexpr int weight_pitch(int num_k_blocks) {
+  return (num_k_blocks + 127) / 128 * 128;
+}
+
+// The complement's products with the real weights W = 1 - m: H = W h and Z = W z, or, transposed,
+// dh = W^T dH and dz.
+struct WeightedSumParams {
+  Shape shape;
+  int bh_count;
+  bool transposed;
+  const uint16_t* weights;  // bf16 [bh_count, T_m, weight_pitch(T_n)]
+  const uint16_t* state;    // bf16 [bh_count, T_n or, transposed, T_m, state_elements]
+  uint16_t* h;              // bf16 [bh_count, T_m or T_n, D, D]
+  float* z;                 // [bh_count, T_m or T_n, 2, D] high and low part
+  cudaStream_t stream;
+};
+
 // Sparse + linear + blend for all query blocks.
 struct AttnParams {
   Shape shape;
@@ -153,6 +182,7 @@ struct AttnParams {
   int alpha_per_token;
   int branch;
   float softmax_scale;
+  const float* soft_map;  // [BH, T_m, T_n] m, added to the scores as log m; null: hard map
   cudaStream_t stream;
 };
 
@@ -282,8 +312,22 @@ struct AttnBwdParams {
   const uint16_t* dh;
   const float* dz;
   ColumnLists columns;
-  float* partials;  // [bh_count, num_slots, 2, 64, D]
-  float* dk_sum;    // [BH, T_n, D] sums over the block of what smoothing acts on, or null
+  float* partials;        // [bh_count, num_slots, 2, 64, D]
+  float* dk_sum;          // [BH, T_n, D] sums over the block of what smoothing acts on, or null
+  const float* soft_map;  // [BH, T_m, T_n] m, null: hard map
+  float* grad_log_map;    // [BH, T_m, T_n] sums of dS over listed blocks; with soft_map alone
+  cudaStream_t stream;
+};
+
+// d log m: adds the linear branch's share -m (<dH_i, h_j> + <dZ_i, z_j>) to the sums of dS over
+// listed blocks; what the others hold is not read.
+struct MapGradParams {
+  Shape shape;
+  int bh_count;
+  const uint16_t* dstate_q;  // bf16 [bh_count, T_m, state_elements]
+  const uint16_t* state;     // bf16 [bh_count, T_n, state_elements]
+  const float* soft_map;     // [bh_count, T_m, T_n]
+  float* grad_log_map;       // [bh_count, T_m, T_n]
   cudaStream_t stream;
 };
 
@@ -311,9 +355,12 @@ cudaError_t launch_project(const ProjectParams&, int head_dim);
 cudaError_t launch_score(const SelectParams&, int head_dim);
 cudaError_t launch_select(const SelectParams&);
 cudaError_t launch_compact(const CompactParams&);
+cudaError_t launch_soft_lists(const SoftListParams&);
 cudaError_t launch_linear_state(const StateParams&, int dtype, int head_dim);
 cudaError_t launch_complement_mask(const ComplementParams&);
 cudaError_t launch_complement(const ComplementParams&, int head_dim);
+cudaError_t launch_weighted_sum(const WeightedSumParams&, int head_dim);
+cudaError_t launch_map_grad(const MapGradParams&, int head_dim);
 cudaError_t launch_project_sm90(const SplitProjectParams&, int head_dim);
 // Whether the scores of 16 rows fit shared memory: up to 3008 key blocks.
 bool route_sm90_fits(const Shape&);

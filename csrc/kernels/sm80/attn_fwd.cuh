@@ -9,10 +9,13 @@
 #include "attn_config.cuh"
 #include "attn_linear.cuh"
 #include "attn_sparse.cuh"
+#include "soft_map.cuh"
 
 namespace sla2 {
 
-template <typename Element, int kHeadDim, int kQuant>
+// With kSoft a soft map m is given, and the lists hold the blocks whose m matters: P is m 2^(S -
+// max), and only rows of ones have no linear branch.
+template <typename Element, int kHeadDim, int kQuant, bool kSoft>
 __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThreads, 2)
     attn_fwd_kernel(const __grid_constant__ AttnParams p) {
   using C = AttnConfig<Element, kHeadDim, kQuant>;
@@ -28,15 +31,18 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   const uint16_t* lut = p.lut + list * p.max_kv_blocks;
   const int listed = p.counts[list];
   const int count = p.branch == SLA2_BRANCH_LINEAR ? 0 : listed;
-  // All blocks listed: no complement, alpha is 1.
+  bool complement = listed < num_k_blocks;  // without one alpha is 1
+  if constexpr (kSoft) {
+    complement = !covers_all<C::kThreads>(p.soft_map + list * num_k_blocks, num_k_blocks);
+  }
   const bool linear =
-      p.branch == SLA2_BRANCH_LINEAR || (p.branch == SLA2_BRANCH_BOTH && listed < num_k_blocks);
+      p.branch == SLA2_BRANCH_LINEAR || (p.branch == SLA2_BRANCH_BOTH && complement);
   const Element* q = head_base<Element>(p.q, bh, p.shape.num_heads) + row0 * p.q.stride_token;
   const uint32_t q_tile = smem_address(smem), ring = q_tile + C::kQueryBytes;
 
   // The ring takes the listed key blocks, then the parts of H. What the loop needs of a block
-  // besides its bytes travels in `pending`, read when its copy is issued: the scale of K, negative
-  // for a block shorter than 64 tokens.
+  // besides its bytes travels in `pending`, read when its copy is issued: the scale of K or m,
+  // negative for a block shorter than 64 tokens.
   int loaded = 0, load_part = linear ? 0 : C::kPartsH, next_j = count > 0 ? lut[0] : 0;
   float pending[C::kStages - 1];
   auto load_next = [&](int stage) {
@@ -50,6 +56,7 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
         load_image<C::kStageBytes, C::kThreads>(
             tile, static_cast<const char*>(p.records) + record * C::kStageBytes);
       } else {
+        if constexpr (kSoft) scale = __ldg(p.soft_map + list * num_k_blocks + j);
         const int64_t token = static_cast<int64_t>(j) * kBlockK;
         const int valid = p.shape.seqlen - j * kBlockK;
         load_wide_rows<C, kBlockK>(
@@ -105,11 +112,12 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
   };  // all warps are done with it now
   auto release_stage = [&] { stage = stage == C::kStages - 1 ? 0 : stage + 1; };
   for (int position = 0; position < count; ++position) {
-    const bool is_short = __float_as_int(pending[0]) < 0;
+    const float factor = pending[0];
+    const bool is_short = __float_as_int(factor) < 0;
     float block_scale = score_scale;
     if constexpr (C::kInt8) {
       // The floor keeps -inf * scale from being NaN in all-zero blocks.
-      block_scale = cut_scale(max_nan(block_scale * fabsf(pending[0]), 1e-37f));
+      block_scale = cut_scale(max_nan(block_scale * fabsf(factor), 1e-37f));
     }
 #pragma unroll
     for (int i = 0; i + 1 < C::kStages - 1; ++i) pending[i] = pending[i + 1];
@@ -127,7 +135,7 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
         bias = 0.f;
       }
     }
-    softmax.update(s, block_scale, shift, bias, acc);
+    softmax.update(s, block_scale, kSoft ? log2_approx(fabsf(factor)) : shift, bias, acc);
     accumulate_values<C>(acc, s, k_tile + C::kKeyBytes);
     release_stage();
   }
@@ -199,7 +207,10 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
 template <typename Element, int kHeadDim, int kQuant>
 cudaError_t launch_attn_fwd(const AttnParams& p) {
   using C = AttnConfig<Element, kHeadDim, kQuant>;
-  const auto kernel = attn_fwd_kernel<Element, kHeadDim, kQuant>;
+  auto kernel = attn_fwd_kernel<Element, kHeadDim, kQuant, false>;
+  if constexpr (kQuant == SLA2_QUANT_NONE) {
+    if (p.soft_map != nullptr) kernel = attn_fwd_kernel<Element, kHeadDim, kQuant, true>;
+  }
   const cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
   if (status != cudaSuccess) return status;

@@ -4,6 +4,7 @@
 // steps of 64 queries:
 //   S^T = K Q^T, alpha P^T = 2^(S^T - shift), dP^T = V dO^T - delta, dS^T = alpha P^T dP^T,
 //   dK += dS^T Q, dV += alpha P^T dO.
+// With a soft map S^T has log m added.
 // The part of a cut column that is last to finish adds all parts' sums, in the order of the parts,
 // and does what follows: the linear branch's share, and the store.
 #include "../common/dispatch.h"
@@ -31,17 +32,19 @@ __device__ __forceinline__ void init_score_gradient(float (&dp)[C::kTilesM][C::k
 }
 
 // alpha P^T and dS^T of the warp's 32 keys by 32 queries, as 16-bit operands, to shared memory.
-// shift: of the warp's queries.
-template <class C>
+// shift: of the warp's queries; log2_weight: log2 m of the two blocks, with kSoft.
+template <class C, bool kSoft>
 __device__ __forceinline__ void store_scores(const float (&s)[C::kTilesM][C::kTilesN][4],
                                              const float (&dp)[C::kTilesM][C::kTilesN][4],
-                                             const float* shift, float scale_log2, int row0,
-                                             int tile0, char* p_tile, char* ds_tile) {
+                                             const float* shift, float scale_log2,
+                                             float log2_weight, int row0, int tile0, char* p_tile,
+                                             char* ds_tile) {
   using Element = typename C::Element;
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < C::kTilesN; ++n) {
-    const float2 x = *reinterpret_cast<const float2*>(shift + 8 * n + lane % 4 * 2);
+    float2 x = *reinterpret_cast<const float2*>(shift + 8 * n + lane % 4 * 2);
+    if constexpr (kSoft) x = make_float2(x.x - log2_weight, x.y - log2_weight);
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
@@ -109,7 +112,7 @@ __device__ __forceinline__ bool merge_parts(ColumnAcc<C>& dk, ColumnAcc<C>& dv, 
   return true;
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kSoft>
 __global__ void __launch_bounds__(kBwdThreads, 2)
     bwd_columns_kernel(const __grid_constant__ AttnBwdParams p) {
   using C = BwdColumnConfig<Element, kHeadDim>;
@@ -190,6 +193,11 @@ __global__ void __launch_bounds__(kBwdThreads, 2)
   for (int step = 0; step < steps; ++step) {
     const uint32_t q_tile = ring_tile(2 * step), grad_tile = ring_tile(2 * step + 1);
     float s[C::kTilesM][C::kTilesN][4] = {}, dp[C::kTilesM][C::kTilesN][4];
+    float weight = 1.f;
+    if constexpr (kSoft) {
+      const int64_t row = static_cast<int64_t>(bh) * p.shape.num_q_blocks + list[begin + step / 2];
+      weight = __ldg(p.soft_map + row * p.shape.num_k_blocks + column);
+    }
     cp_async_wait<1>();  // all but dO
     __syncthreads();
     load_queries(step + 1);  // where the dO before this one was
@@ -198,8 +206,8 @@ __global__ void __launch_bounds__(kBwdThreads, 2)
     __syncthreads();
     init_score_gradient<C>(dp, delta[step % 2] + query0);
     multiply_nt<Element, Element, C::kWideRowBytes>(dp, v_tile, place.row0, grad_tile, query0);
-    store_scores<C>(s, dp, shift[step % 2] + query0, scale_log2, place.row0, query0 / 8, p_bytes,
-                    ds_bytes);
+    store_scores<C, kSoft>(s, dp, shift[step % 2] + query0, scale_log2, log2_approx(weight),
+                           place.row0, query0 / 8, p_bytes, ds_bytes);
     __syncthreads();
     multiply_nn<Element, C::kScoreRowBytes, C::kWideRowBytes>(dk, ds_tile, place.row0, q_tile,
                                                               place.channel0);
@@ -267,7 +275,9 @@ cudaError_t launch_bwd_columns_sm80(const AttnBwdParams& p, int dtype, int head_
   return dispatch(dtype, head_dim, [&](auto instance) {
     using I = decltype(instance);
     using C = BwdColumnConfig<typename I::Element, I::kHeadDim>;
-    const auto kernel = bwd_columns_kernel<typename I::Element, I::kHeadDim>;
+    const auto kernel = p.soft_map == nullptr
+                            ? bwd_columns_kernel<typename I::Element, I::kHeadDim, false>
+                            : bwd_columns_kernel<typename I::Element, I::kHeadDim, true>;
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
     if (status != cudaSuccess) return status;

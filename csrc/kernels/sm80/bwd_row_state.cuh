@@ -47,10 +47,12 @@ struct RowState {
     }
   }
 
-  // listed: length of the block's list; q_tile, grad_tile: Q and dO, rows past the end zero.
+  // listed, complement: whether either branch has key blocks; q_tile, grad_tile: Q and dO, rows
+  // past the end zero.
   __device__ __forceinline__ void compute(const AttnBwdParams& p, int bh, int block, int rows,
-                                          int listed, const char* q_tile, const char* grad_tile) {
-    set_alpha(p, bh, block, rows, listed);
+                                          bool listed, bool complement, const char* q_tile,
+                                          const char* grad_tile) {
+    set_alpha(p, bh, block, rows, listed, complement);
     const bool sparse = p.branch != SLA2_BRANCH_LINEAR;
     float q_mean[C::kTilesM][2], row_max[C::kTilesM][2];
 #pragma unroll
@@ -125,10 +127,10 @@ struct RowState {
   // Settled where a branch is missing: without a listed block alpha is 0, without an unlisted
   // one 1. shift starts as -log2(alpha).
   __device__ __forceinline__ void set_alpha(const AttnBwdParams& p, int bh, int block, int rows,
-                                            int listed) {
+                                            bool listed, bool complement) {
     const bool both = p.branch == SLA2_BRANCH_BOTH;
-    const bool learned = both && listed > 0 && listed < p.shape.num_k_blocks;
-    const bool sparse_alone = p.branch == SLA2_BRANCH_SPARSE || (both && listed > 0);
+    const bool learned = both && listed && complement;
+    const bool sparse_alone = p.branch == SLA2_BRANCH_SPARSE || (both && listed);
 #pragma unroll
     for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll

@@ -4,6 +4,7 @@
 // One CTA: 128 query rows of one head. The linear branch comes first and leaves its share of dQ in
 // the accumulators; then the list's key blocks pass in halves of 32 keys:
 //   S = Q K^T, alpha P = 2^(S - shift), dP = dO V^T - delta, dS = alpha P dP, dQ += dS K.
+// With a soft map S has log m added, and the sum of dS over a block is the gradient of its log m.
 #include "../common/attn_output.cuh"
 #include "../common/dispatch.h"
 #include "attn_query.cuh"
@@ -12,19 +13,21 @@
 #include "bwd_row_state.cuh"
 #include "bwd_rows_linear.cuh"
 #include "bwd_tiles.cuh"
+#include "soft_map.cuh"
 
 namespace sla2 {
 namespace {
 
-// Adds the share of 32 keys; `valid` of them exist. row_sums gathers the rows of dS as rounded. The
-// rows' statistics stay in shared memory: in registers they would push others out.
-template <class C>
+// Adds the share of 32 keys; `valid` of them exist. row_sums gathers the rows of dS as rounded,
+// with kSoft block_sum the lane's part of dS. The rows' statistics stay in shared memory: in
+// registers they would push others out.
+template <class C, bool kSoft>
 __device__ __forceinline__ void accumulate_keys(float (&dq)[C::kTilesM][C::kTilesD][4],
-                                                float (&row_sums)[C::kTilesM][4],
+                                                float (&row_sums)[C::kTilesM][4], float& block_sum,
                                                 const float* row_shift, const float* row_delta,
                                                 uint32_t q_tile, uint32_t grad_tile,
                                                 uint32_t k_tile, uint32_t v_tile, float scale_log2,
-                                                int valid) {
+                                                float log2_weight, int valid) {
   using Element = typename C::Element;
   float s[C::kTilesM][C::kTilesN][4] = {}, dp[C::kTilesM][C::kTilesN][4];
   multiply_nt<Element, Element, C::kWideRowBytes>(s, q_tile, C::tile_row(0), k_tile, 0);
@@ -34,7 +37,9 @@ __device__ __forceinline__ void accumulate_keys(float (&dq)[C::kTilesM][C::kTile
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = RowState<C>::row(m, half);
-      const float shift = row_shift[row], delta = row_delta[row];
+      const float delta = row_delta[row];
+      float shift = row_shift[row];
+      if constexpr (kSoft) shift -= log2_weight;
 #pragma unroll
       for (int n = 0; n < C::kTilesN; ++n) {
 #pragma unroll
@@ -56,8 +61,9 @@ __device__ __forceinline__ void accumulate_keys(float (&dq)[C::kTilesM][C::kTile
 #pragma unroll
       for (int r = 0; r < 4; ++r) {  // rows + 8 (r % 2), keys 16 k + 8 (r / 2)
         const int n = 2 * k + r / 2, i = r % 2 * 2;
-        ds[m][r] =
-            Pair<Element>::from_floats(s[m][n][i] * dp[m][n][i], s[m][n][i + 1] * dp[m][n][i + 1]);
+        const float x = s[m][n][i] * dp[m][n][i], y = s[m][n][i + 1] * dp[m][n][i + 1];
+        ds[m][r] = Pair<Element>::from_floats(x, y);
+        if constexpr (kSoft) block_sum += x + y;
       }
       mma<Element>(row_sums[m], ds[m], ones, ones);
     }
@@ -101,7 +107,7 @@ __device__ __forceinline__ void store_alpha_gradient(const AttnBwdParams& p, int
   }
 }
 
-template <typename Element, int kHeadDim>
+template <typename Element, int kHeadDim, bool kSoft>
 __global__ void __launch_bounds__(kBwdThreads, 2)
     bwd_rows_kernel(const __grid_constant__ AttnBwdParams p) {
   using C = BwdRowConfig<Element, kHeadDim>;
@@ -120,7 +126,11 @@ __global__ void __launch_bounds__(kBwdThreads, 2)
   const uint16_t* lut = p.lut + list * p.max_kv_blocks;
   const int listed = p.counts[list];
   const int count = p.branch == SLA2_BRANCH_LINEAR ? 0 : listed;
-  const bool linear = p.h != nullptr && listed < num_k_blocks;
+  bool complement = listed < num_k_blocks;
+  if constexpr (kSoft) {
+    complement = !covers_all<C::kThreads>(p.soft_map + list * num_k_blocks, num_k_blocks);
+  }
+  const bool linear = p.h != nullptr && complement;
   const uint32_t q_tile = smem_address(smem), grad_tile = q_tile + C::kQueryBytes;
   const uint32_t ring = grad_tile + C::kQueryBytes;
   char* ring_bytes = smem + 2 * C::kQueryBytes;
@@ -146,7 +156,7 @@ __global__ void __launch_bounds__(kBwdThreads, 2)
   state.load(p, bh, row0, rows);
   cp_async_wait<0>();
   __syncthreads();
-  state.compute(p, bh, block, rows, listed, smem, smem + C::kQueryBytes);
+  state.compute(p, bh, block, rows, listed > 0, complement, smem, smem + C::kQueryBytes);
   if (p.branch != SLA2_BRANCH_LINEAR) {
     state.store(row_shift, row_delta);
     state.store(p.row_shift + local_list * kBlockQ, p.row_delta + local_list * kBlockQ);
@@ -182,17 +192,43 @@ __global__ void __launch_bounds__(kBwdThreads, 2)
     }
     cp_async_commit();
   };
+  // By one thread, a barrier after the warps have left their sums and one before they leave others.
+  auto store_block_sum = [&](int position) {
+    if (threadIdx.x != 0) return;
+    float total = 0.f;
+#pragma unroll
+    for (int warp = 0; warp < C::kWarps; ++warp) total += warp_sums[warp];
+    p.grad_log_map[list * num_k_blocks + lut[position]] = total;
+  };
   const float scale_log2 = p.softmax_scale * kLog2e;
   float row_sums[C::kTilesM][4] = {};
+  float block_sum = 0.f;
   load_step(0);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
+    float weight = 1.f;
+    if constexpr (kSoft) weight = __ldg(p.soft_map + list * num_k_blocks + lut[step / 2]);
     cp_async_wait<0>();
     __syncthreads();
     load_step(step + 1);
+    if constexpr (kSoft) {
+      if (step % 2 == 0 && step > 0) store_block_sum(step / 2 - 1);
+    }
     const uint32_t k_tile = ring + step % C::kStages * C::kStageBytes;
-    accumulate_keys<C>(dq, row_sums, row_shift, row_delta, q_tile, grad_tile, k_tile,
-                       k_tile + C::kKeyBytes, scale_log2, p.shape.seqlen - first_key(step));
+    accumulate_keys<C, kSoft>(dq, row_sums, block_sum, row_shift, row_delta, q_tile, grad_tile,
+                              k_tile, k_tile + C::kKeyBytes, scale_log2, log2_approx(weight),
+                              p.shape.seqlen - first_key(step));
+    if constexpr (kSoft) {
+      if (step % 2 == 1) {
+        block_sum = lane_sum<32>(block_sum);
+        if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = block_sum;
+        block_sum = 0.f;
+      }
+    }
+  }
+  if constexpr (kSoft) {
+    __syncthreads();
+    if (count > 0) store_block_sum(count - 1);
   }
 
   // K was raw: dS (K - 1 mean^T) = dS K - rowsum(dS) mean^T.
@@ -221,7 +257,9 @@ cudaError_t launch_bwd_rows_sm80(const AttnBwdParams& p, int dtype, int head_dim
   return dispatch(dtype, head_dim, [&](auto instance) {
     using I = decltype(instance);
     using C = BwdRowConfig<typename I::Element, I::kHeadDim>;
-    const auto kernel = bwd_rows_kernel<typename I::Element, I::kHeadDim>;
+    const auto kernel = p.soft_map == nullptr
+                            ? bwd_rows_kernel<typename I::Element, I::kHeadDim, false>
+                            : bwd_rows_kernel<typename I::Element, I::kHeadDim, true>;
     const cudaError_t status =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes);
     if (status != cudaSuccess) return status;

@@ -5,6 +5,7 @@
 #include "../common/layout.cuh"
 #include "../common/params.h"
 #include "../common/ptx.cuh"
+#include "complement_store.cuh"
 
 namespace sla2 {
 namespace {
@@ -37,14 +38,14 @@ __global__ void __launch_bounds__(kMaskThreads)
 // cp.async ring. The A operand is made in registers from the bit mask: as bf16 it would be half of
 // what the product reads (5.9 instead of 4.0 TB/s of L2 traffic on an H200, at the same time).
 // 128 x 256 tiles, one CTA an SM, were slower (3.47 against 2.88 ms, 40 heads of 75600 tokens).
-constexpr int kThreads = 128;
-constexpr int kTileM = 128, kTileN = 128, kTileK = 64;
+constexpr int kThreads = kSumThreads;
+constexpr int kTileM = kSumTile, kTileN = kSumTile, kTileK = 64;
 constexpr int kStages = 3;
 constexpr int kWordsK = kTileK / 32;
 constexpr int kBytesA = kTileM * kWordsK * 4,
               kBytesB = kTileK * kTileN * 2;  // two words a row; 16 KiB
 constexpr int kStageBytes = kBytesA + kBytesB;
-static_assert(kStages * kStageBytes >= kTileM * kTileN * 2, "the ring stages the output");
+static_assert(kSumTileBytes <= kStages * kStageBytes, "the ring stages the output");
 
 template <int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -141,39 +142,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   cp_async_wait<0>();
   __syncthreads();
 
-  // Store: bf16 H through the ring's memory for 16-byte writes, float Z as it is
-  const int64_t first = static_cast<int64_t>(p.bh_begin + local_bh) * p.shape.num_q_blocks + row0;
-  const bool is_h = column0 < kColumnsH;
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + 16 * m + lane / 4 + 8 * half;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int column = warp_column + 8 * n + lane % 4 * 2;
-        const float x0 = 0.5f * acc[m][n][2 * half], x1 = 0.5f * acc[m][n][2 * half + 1];
-        if (is_h) {
-          *reinterpret_cast<uint32_t*>(smem + swizzle<kTileN * 2>(row, column / 8) +
-                                       column % 8 * 2) = Pair<__nv_bfloat16>::from_floats(x0, x1);
-        } else if (row0 + row < p.shape.num_q_blocks) {
-          *reinterpret_cast<float2*>(p.z + (first + row) * 2 * kHeadDim + column0 + column -
-                                     kColumnsH) = make_float2(x0, x1);
-        }
-      }
-    }
-  }
-  __syncthreads();
-  if (!is_h) return;
-#pragma unroll
-  for (int i = 0; i < kTileM * kTileN / 8 / kThreads; ++i) {
-    const int item = i * kThreads + threadIdx.x, row = item / (kTileN / 8),
-              chunk = item % (kTileN / 8);
-    if (row0 + row < p.shape.num_q_blocks) {
-      *reinterpret_cast<uint4*>(p.h + (first + row) * kColumnsH + column0 + chunk * 8) =
-          *reinterpret_cast<const uint4*>(smem + swizzle<kTileN * 2>(row, chunk));
-    }
-  }
+  const int64_t first = static_cast<int64_t>(p.bh_begin + local_bh) * p.shape.num_q_blocks;
+  store_sums<kHeadDim>(acc, 0.5f, smem, p.h + first * kColumnsH, p.z + first * 2 * kHeadDim, row0,
+                       column0, p.shape.num_q_blocks);
 }
 
 template <int kHeadDim>
