@@ -67,8 +67,8 @@ SOFT_PRODUCTS = f"{KERNELS}/sm80/soft_products.cu"
 BWD_ROWS, BWD_COLUMNS, BWD_ROWS_SM90, BWD_COLUMNS_SM90 = (
     f"{KERNELS}/sm{arch}/bwd_{name}.cu" for arch in (80, 90) for name in ("rows", "columns")
 )
-ATTENTION_SM90, INPUTS_SM90, OUTPUT_SM90 = (
-    f"{KERNELS}/sm90/attn_{name}.cuh" for name in ("fwd", "inputs", "output")
+ATTENTION_SM90, INPUTS_SM90, STORE_SM90 = (
+    f"{KERNELS}/sm90/{name}.cuh" for name in ("attn_fwd", "attn_inputs", "row_store")
 )
 ROUTE_SM90 = f"{KERNELS}/sm90/router.cu"
 SELECT_SM90, SPLIT_SM90, LINEAR_SM90, STATE_SM90 = (
@@ -206,14 +206,14 @@ FAULTS = (
     ),
     Fault(
         "scale of another slot of the ring, Hopper", ATTENTION_SM90,
-        "(smem + C::kScales)[entry % C::kStagesK]", "(smem + C::kScales)[0]",
+        "(smem + C::kScales)[entry % C::kStages]", "(smem + C::kScales)[0]",
     ),
     Fault(
         "high part of Z counted twice, Hopper", INPUTS_SM90,
         "P::from_floats(sum.x - first.x, sum.y - first.y)", "high.x",
     ),
     Fault(
-        "second half of a warp's rows staged over the first, Hopper", OUTPUT_SM90,
+        "second half of a warp's rows staged over the first, Hopper", STORE_SM90,
         "row = C::tile_row(0) + lane % 16;", "row = C::tile_row(0) + lane % 8;",
     ),
     Fault(

@@ -193,7 +193,8 @@ def product_loops(code: Code) -> list[Code]:
 
 
 def test_hopper_loops_stay_in_registers(hopper: dict[str, Code]) -> None:
-    """The attention kernels' 128 registers are all in use: prologue and epilogue may spill."""
+    """The 128 registers of int8_fp8 are all in use: its prologue and epilogue may spill. In "none"
+    the loop over query blocks is one of the loops around products."""
     for name, code in kernels_named(hopper, ATTENTION_SM90).items():
         loops = product_loops(code)  # over key blocks; over the parts of H if there are several
         assert 1 <= len(loops) <= 2, name
@@ -204,7 +205,7 @@ def test_hopper_loops_stay_in_registers(hopper: dict[str, Code]) -> None:
 
 
 def hopper_sources() -> list[str]:
-    """The sources of sm_90a code, and the variants of the attention kernel."""
+    """The sources of sm_90a code, and the variants of the attention kernel of int8_fp8."""
     text = (REPOSITORY / "CMakeLists.txt").read_text()
     (sources,) = re.findall(r"set\(SLA2_SM90_SOURCES\s([^)]*)\)", text)
     (variants,) = re.findall(r"set\(SLA2_ATTN_FWD_SM90_VARIANTS\s([^)]*)\)", text)
@@ -212,7 +213,7 @@ def hopper_sources() -> list[str]:
 
 
 def test_hopper_sources_are_found() -> None:
-    assert len(hopper_sources()) >= 4 + 8
+    assert len(hopper_sources()) >= 8 + 4
 
 
 @pytest.mark.parametrize("source", hopper_sources())
@@ -225,12 +226,12 @@ def test_ptxas_does_not_serialise_products(source: str, tmp_path: Path) -> None:
         missing("nvcc is not on PATH")
     path = REPOSITORY / source
     if "|" in source:
-        dtype, head_dim, quant = source.split("|")
+        dtype, head_dim, _ = source.split("|")
         template = REPOSITORY / "csrc/kernels/sm90/attn_fwd_instance.cu.in"
         text = template.read_text().replace("@SLA2_HEAD_DIM@", head_dim)
         text = text.replace("@SLA2_DTYPE_CPP@", {"bf16": "__nv_bfloat16", "fp16": "__half"}[dtype])
         path = tmp_path / "instance.cu"
-        path.write_text(text.replace("@SLA2_QUANT_ENUM@", f"SLA2_QUANT_{quant.upper()}"))
+        path.write_text(text)
     csrc = REPOSITORY / "csrc"
     command = [nvcc, "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas=-v", "-cubin"]
     command += [f"-I{csrc}", f"-I{csrc / 'include'}", "-o", str(tmp_path / "code"), str(path)]

@@ -42,10 +42,11 @@ struct KvRecord {
   static constexpr int kBytes = kKeyBytes + kValueImageBytes;
 };
 
-// Row of a D x D matrix H at which the Hopper kernels keep feature f. The attention kernel's lane t
-// of a quad reads eight neighbouring features of Q, 8 t .. 8 t + 7 of each 32, and they must be
-// what the A operand of two k16 products wants of that lane: 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t of
-// each 16. f = 32 group + 8 t + 4 half + 2 upper + e is row 32 group + 16 half + 8 upper + 2 t + e.
+// Row of a D x D matrix H at which feature f is kept for the Hopper attention kernel of int8_fp8.
+// Its lane t of a quad reads eight neighbouring features of Q, 8 t .. 8 t + 7 of each 32, and they
+// must be what the A operand of two k16 products wants of that lane: 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t
+// of each 16. f = 32 group + 8 t + 4 half + 2 upper + e is row 32 group + 16 half + 8 upper + 2 t +
+// e.
 __host__ __device__ constexpr int h_row(int f) {
   return f / 32 * 32 + f / 4 % 2 * 16 + f / 2 % 2 * 8 + f / 8 % 4 * 2 + f % 2;
 }

@@ -175,7 +175,7 @@ struct AttnParams {
   const float* k_scale;  // [BH, T_n]
   const float* v_scale;  // [BH, 2, D]
   const float* k_mean;   // [BH, D], corrects lse where S is of raw K ("none")
-  const uint16_t* h;     // bf16 [BH, T_m, D, D]
+  const uint16_t* h;     // bf16 [BH, T_m, D, D]; Hopper path, int8_fp8: see h_row
   const float* z;        // [BH, T_m, 2, D]; Hopper path: z_parts instead of 2
   const float* alpha_logit;
   int64_t alpha_stride_head;
@@ -212,13 +212,13 @@ struct LinearParams {
   float* k_scale;        // [bh_count, T_n]
   int quant;             // none or int8_fp8
   int phi_raw_k;
-  // Of the backward pass, quant none: H lies as [D][D], and nothing runs beside the predecessor,
-  // which may still read what lay in the place of the states.
+  // Of the backward pass, quant none: nothing runs beside the predecessor, which may still read
+  // what lay in the place of the states.
   int backward;
   const uint32_t* mask;  // 1 - M as bits, [bh_count, mask_words(T_n), mask_pitch(T_m)]
   void* state;           // [state_slots, T_n, state_bytes], null: records only
   int state_slots;       // heads
-  uint16_t* h;           // bf16 [bh_count, T_m, D / 64, D, 64]: see h_row; or [bh_count, T_m, D, D]
+  uint16_t* h;           // bf16 [bh_count, T_m, D, D]; int8_fp8 [.., D / 64, D, 64]: see h_row
   float* z;              // [bh_count, T_m, z_parts, D]: Z is their sum
   int* counters;         // linear_counters(), zero; 8-byte aligned
   cudaStream_t stream;

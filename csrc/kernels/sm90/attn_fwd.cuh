@@ -1,9 +1,10 @@
-// SLA2 forward for one query block, Hopper schedule (wgmma + asynchronous copies).
+// SLA2 forward in int8_fp8 for one query block, Hopper schedule (wgmma + asynchronous copies);
+// attn_rows.cu has the 16-bit form.
 //
 // One CTA: 128 query rows of one head, a warpgroup for each half; both share every key block. A
 // warpgroup takes the softmax of S(j), then O += P V(j), then S(j+1) = Q K^T, one after the other:
 // two CTAs, four warpgroups on an SM, fill each other's waits. Holding P or a second S while a
-// product runs does not fit 128 registers. The warps take turns in filling the rings.
+// product runs does not fit 128 registers. The warps take turns in filling the ring.
 #pragma once
 
 #include "../common/attn_output.cuh"
@@ -12,6 +13,7 @@
 #include "attn_output.cuh"
 #include "attn_softmax.cuh"
 #include "launch.h"
+#include "row_store.cuh"
 #include "tensor_map.h"
 
 namespace sla2 {
@@ -20,23 +22,12 @@ namespace sla2 {
 template <class C>
 __device__ __forceinline__ void issue_scores(typename C::Score (&s)[32], uint32_t q_tile,
                                              uint32_t k_tile) {
-  if constexpr (C::kInt8) {
-    constexpr Swizzle kMode = C::kHeadDim == 128 ? Swizzle::k128 : Swizzle::k64;
-    const uint64_t q = wgmma_descriptor(q_tile, 0, 8 * C::kQueryRowBytes, kMode);
-    const uint64_t k = wgmma_descriptor(k_tile, 0, 8 * C::kQueryRowBytes, kMode);
+  constexpr Swizzle kMode = C::kHeadDim == 128 ? Swizzle::k128 : Swizzle::k64;
+  const uint64_t q = wgmma_descriptor(q_tile, 0, 8 * C::kQueryRowBytes, kMode);
+  const uint64_t k = wgmma_descriptor(k_tile, 0, 8 * C::kQueryRowBytes, kMode);
 #pragma unroll
-    for (int step = 0; step < C::kHeadDim / 32; ++step) {
-      wgmma_s8(s, advance(q, 32 * step), advance(k, 32 * step), step > 0);
-    }
-  } else {
-    const uint64_t q = wgmma_descriptor(q_tile, 0, 1024, Swizzle::k128);
-    const uint64_t k = wgmma_descriptor(k_tile, 0, 1024, Swizzle::k128);
-#pragma unroll
-    for (int step = 0; step < C::kHeadDim / 16; ++step) {
-      Wgmma16<typename C::Element, false, false>::mma(
-          s, advance(q, step / 4 * kBlockQ * 128 + step % 4 * 32),
-          advance(k, step / 4 * kBlockK * 128 + step % 4 * 32), step > 0);
-    }
+  for (int step = 0; step < C::kHeadDim / 32; ++step) {
+    wgmma_s8(s, advance(q, 32 * step), advance(k, 32 * step), step > 0);
   }
 }
 
@@ -46,31 +37,23 @@ __device__ __forceinline__ void issue_values(float (&acc)[C::kTilesD][4],
                                              const uint32_t (&p)[C::kRegistersP][4],
                                              uint32_t v_tile) {
   auto& flat = reinterpret_cast<float (&)[C::kTilesD * 4]>(acc);
-  if constexpr (C::kInt8) {
-    const uint64_t v = wgmma_descriptor(v_tile, 0, 512, Swizzle::k64);
+  const uint64_t v = wgmma_descriptor(v_tile, 0, 512, Swizzle::k64);
 #pragma unroll
-    for (int k = 0; k < C::kRegistersP; ++k) wgmma_e4m3(flat, p[k], advance(v, 32 * k), 1);
-  } else {
-    const uint64_t v = wgmma_descriptor(v_tile, kBlockK * 128, 1024, Swizzle::k128);
-#pragma unroll
-    for (int k = 0; k < C::kRegistersP; ++k) {
-      Wgmma16<typename C::Element, false, true>::mma(flat, p[k], advance(v, 2048 * k), 1);
-    }
-  }
+  for (int k = 0; k < C::kRegistersP; ++k) wgmma_e4m3(flat, p[k], advance(v, 32 * k), 1);
 }
 
-template <typename Element, int kHeadDim, int kQuant>
-__global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kThreads, 2)
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim>::kThreads, 2)
     attn_fwd_sm90_kernel(const __grid_constant__ AttnParams p,
                          const __grid_constant__ AttnMaps maps) {
-  using C = AttnConfigSm90<Element, kHeadDim, kQuant>;
+  using C = AttnConfigSm90<Element, kHeadDim>;
   using Score = typename C::Score;
   extern __shared__ __align__(1024) char smem[];
 
   const int lane = threadIdx.x % 32;
   const uint32_t base = smem_address(smem);
 
-  // Prologue: barriers, Q on its way, the list, the first entries of the rings
+  // Prologue: barriers, Q on its way, the list, the first entries of the ring
   auto& producer = *reinterpret_cast<Producer<C>*>(smem + C::kProducer);
   static_assert(sizeof(Producer<C>) == C::kProducerBytes, "its place in shared memory");
   float score_scale = p.softmax_scale * kLog2e;
@@ -78,14 +61,9 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   {
     if (threadIdx.x < 32 && elect_one()) {
 #pragma unroll
-      for (int i = 0; i < C::kStagesK; ++i) {
-        mbarrier_init(base + C::kFullK + i * 8, C::kJoint ? 2 : 1);  // the scale's copy is one
-        mbarrier_init(base + C::kEmptyK + i * 8, C::kWarps);
-      }
-#pragma unroll
-      for (int i = 0; i < C::kStagesV; ++i) {
-        mbarrier_init(base + C::kFullV + i * 8, 1);
-        mbarrier_init(base + C::kEmptyV + i * 8, C::kWarps);
+      for (int i = 0; i < C::kStages; ++i) {
+        mbarrier_init(base + C::kFull + i * 8, 2);  // the scale's copy is one
+        mbarrier_init(base + C::kEmpty + i * 8, C::kWarps);
       }
       mbarrier_init(base + C::kFullQ, 1);
       fence_barrier_init();
@@ -113,98 +91,67 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     if (threadIdx.x == 0) producer.set_entries(count, linear);
     __syncthreads();
     // One warp an entry: thread 0 alone would hold up the others at the next barrier.
-    static_assert(C::kStagesK + C::kStagesV <= C::kWarps, "one entry a warp");
+    static_assert(C::kStages <= C::kWarps, "one entry a warp");
     if (elect_one()) {
       const int entry = threadIdx.x / 32;
-      if (entry < C::kStagesK) {
-        producer.load_key(p, maps, smem, entry);
-      } else if (entry < C::kStagesK + C::kStagesV) {
-        producer.load_value(p, maps, smem, entry - C::kStagesK);
-      }
+      if (entry < C::kStages) producer.load(maps, smem, entry);
     }
     __syncwarp();
     mbarrier_wait(base + C::kFullQ, 0);
-    if constexpr (C::kInt8) {
-      score_scale *= quantize_query<C>(smem);
-      fence_async_shared();
-      __syncthreads();
-    }
+    score_scale *= quantize_query<C>(smem);
+    fence_async_shared();
+    __syncthreads();
   }
 
   // Sparse branch. In e4m3 P carries the factor 2^8 (row sums too, so that it cancels), less the
   // headroom.
-  const float shift = C::kInt8 ? 8.f - kHeadroom : 0.f;
+  const float shift = 8.f - kHeadroom;
   OnlineSoftmax<C::kTilesM> softmax;
   softmax.init();
   float acc[C::kTilesM][C::kTilesD][4] = {};
-  // Slots and parities follow from the entry's number: entry e of K's ring is block e of the list,
+  // Slots and parities follow from the entry's number: entry e of the ring is block e of the list,
   // or part e - count of H.
-  auto wait_key = [&](int entry) {
-    mbarrier_wait(base + C::kFullK + entry % C::kStagesK * 8, entry / C::kStagesK & 1);
+  auto wait_entry = [&](int entry) {
+    mbarrier_wait(base + C::kFull + entry % C::kStages * 8, entry / C::kStages & 1);
   };
-  auto key_tile = [&](int entry) {
-    return base + C::kKeys + entry % C::kStagesK * C::kStageBytesK;
-  };
+  auto key_tile = [&](int entry) { return base + C::kKeys + entry % C::kStages * C::kStageBytes; };
   if (count > 0) {
     // The warpgroup's rows of Q; a shuffle tells the compiler that warps agree.
     const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
-    const uint32_t q_tile =
-        base + (C::kInt8 ? C::kQuery8 + group * 64 * C::kQueryRowBytes : group * 64 * 128);
+    const uint32_t q_tile = base + C::kQuery8 + group * 64 * C::kQueryRowBytes;
     Score s[32];
     uint32_t weights[C::kRegistersP][4];
     float (&row_max)[2] = softmax.row_max[0];
     float (&row_sum)[2] = softmax.row_sum[0];
     float block_scale = score_scale;
-    auto release_key = [&](int entry) {
-      if (lane == 0) mbarrier_arrive(base + C::kEmptyK + entry % C::kStagesK * 8);
+    auto release = [&](int entry) {
+      if (lane == 0) mbarrier_arrive(base + C::kEmpty + entry % C::kStages * 8);
     };
-    auto release_value = [&](int entry) {
-      if constexpr (C::kJoint) {
-        release_key(entry);
-      } else {
-        if (lane == 0) mbarrier_arrive(base + C::kEmptyV + entry % C::kStagesV * 8);
-      }
-    };
-    auto wait_value = [&](int entry) {
-      if constexpr (!C::kJoint) {
-        mbarrier_wait(base + C::kFullV + entry % C::kStagesV * 8, entry / C::kStagesV & 1);
-      }
-    };
-    auto value_tile = [&](int entry) {
-      return C::kJoint ? key_tile(entry) + C::kKeyBytes
-                       : base + C::kValues + entry % C::kStagesV * C::kValueBytes;
-    };
+    auto value_tile = [&](int entry) { return key_tile(entry) + C::kKeyBytes; };
     // The scale of a block's scores; the floor keeps -inf * scale from being NaN in all-zero
     // blocks.
     auto read_scale = [&](int entry) {
-      if constexpr (C::kInt8) {
-        const float k_scale =
-            reinterpret_cast<const float*>(smem + C::kScales)[entry % C::kStagesK];
-        block_scale = cut_scale(max_nan(score_scale * k_scale, 1e-37f));
-      }
+      const float k_scale = reinterpret_cast<const float*>(smem + C::kScales)[entry % C::kStages];
+      block_scale = cut_scale(max_nan(score_scale * k_scale, 1e-37f));
     };
-    // Fill again what an earlier block has left. The warps take turns: refills of one warp alone
+    // Fill again what the block before has left. The warps take turns: refills of one warp alone
     // would hold up its warpgroup in every step.
-    auto on_duty = [&](int left) {
-      return left >= 0 && static_cast<int>(threadIdx.x) / 32 == left % C::kWarps;
-    };
-    auto refill_keys = [&](int entry) {
+    auto refill = [&](int entry) {
       // A copy: what only one thread does with the number keeps it out of the uniform registers.
-      const int left = detached(entry) - C::kRefillLag;
-      if (on_duty(left)) {
-        if (elect_one()) producer.load_key(p, maps, smem, left + C::kStagesK);
+      const int left = detached(entry) - 1;
+      if (left >= 0 && static_cast<int>(threadIdx.x) / 32 == left % C::kWarps) {
+        if (elect_one()) producer.load(maps, smem, left + C::kStages);
       }
     };
-    auto refill_values = [&](int entry) {
-      if constexpr (!C::kJoint) {
-        const int left = detached(entry) - 1;
-        if (on_duty(left)) {
-          if (elect_one()) producer.load_value(p, maps, smem, left + C::kStagesV);
-        }
+    auto rescale = [&](int half, float factor) {
+#pragma unroll
+      for (int d = 0; d < C::kTilesD; ++d) {
+        acc[0][d][2 * half] *= factor;
+        acc[0][d][2 * half + 1] *= factor;
       }
     };
     pin(reinterpret_cast<float (&)[C::kTilesD * 4]>(acc[0]));
-    wait_key(0);
+    wait_entry(0);
     read_scale(0);
     wgmma_fence();
     issue_scores<C>(s, q_tile, key_tile(0));
@@ -213,19 +160,16 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
 
 #pragma unroll 1
     for (int entry = 0; entry + 1 < count; ++entry) {
-      if constexpr (!C::kJoint) release_key(entry);
-      if (entry > 0) release_value(entry - 1);
-      update_max<C, false>(s, kBlockK, block_scale, row_max, row_sum, acc[0]);
+      if (entry > 0) release(entry - 1);
+      update_max<C, false>(s, kBlockK, block_scale, row_max, row_sum, rescale);
       exponentiate<C, false>(s, kBlockK, block_scale, shift, row_max, row_sum, weights);
-      refill_values(entry);  // two V tiles are all the ring holds: as early as can be
-      // These waits also end the basic block: ptxas would move exponentials behind the products.
-      wait_key(entry + 1);
-      wait_value(entry);
+      // This wait also ends the basic block: ptxas would move exponentials behind the products.
+      wait_entry(entry + 1);
       read_scale(entry + 1);
       wgmma_fence();
       issue_values<C>(acc[0], weights, value_tile(entry));
       wgmma_commit();
-      refill_keys(entry);  // in the shadow of the product
+      refill(entry);  // in the shadow of the product
       wgmma_wait<0>();
       wgmma_fence();
       issue_scores<C>(s, q_tile, key_tile(entry + 1));
@@ -234,20 +178,18 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     }
 
     // The last block: the only one that may be short, as lists ascend.
-    if constexpr (!C::kJoint) release_key(count - 1);
-    const int valid = p.shape.seqlen - listed_block<C>(p, smem, count - 1) * kBlockK;
+    const int valid = p.shape.seqlen - listed_block<C>(smem, count - 1) * kBlockK;
     auto weigh_last = [&](auto masked) {
       constexpr bool kMask = decltype(masked)::value;
-      update_max<C, kMask>(s, valid, block_scale, row_max, row_sum, acc[0]);
+      update_max<C, kMask>(s, valid, block_scale, row_max, row_sum, rescale);
       exponentiate<C, kMask>(s, valid, block_scale, shift, row_max, row_sum, weights);
     };
-    if (count > 1) release_value(count - 2);
+    if (count > 1) release(count - 2);
     if (valid < kBlockK) {
       weigh_last(std::true_type{});
     } else {
       weigh_last(std::false_type{});
     }
-    wait_value(count - 1);
     wgmma_fence();
     issue_values<C>(acc[0], weights, value_tile(count - 1));
     wgmma_commit();
@@ -260,16 +202,14 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   const bool linear = producer.linear();
   softmax.finish();
   QueryRows<C> query;
-  if (linear || (!C::kInt8 && p.lse != nullptr)) query.load(smem);
+  if (linear) query.load(smem);
 
   // O_s is acc / l times the channel scales of a quantised V; in this order values near the end of
   // float32's range do not overflow. It is made only where it is asked for, and on the fly: the
   // output has the same bits either way.
   auto inverse_row_sum = [&](int m, int half) { return inverse_sum(softmax.row_sum[m][half]); };
   const float* v_scale = nullptr;
-  if constexpr (C::kInt8) {
-    if (count > 0) v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
-  }
+  if (count > 0) v_scale = p.v_scale + static_cast<int64_t>(bh) * 2 * kHeadDim + lane % 4 * 2;
   if (p.out_sparse.data != nullptr) {
     const float row_factor[2] = {inverse_row_sum(0, 0), inverse_row_sum(0, 1)};
     store_rows<C>(acc[0], smem, &maps.out_sparse, row0, producer.head, producer.batch,
@@ -280,11 +220,7 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
     bulk_store_wait_read();
   }
   if (p.lse != nullptr) {
-    // In "none" S was of raw K: smoothing subtracts q . mean(K) from every logit.
-    float correction[C::kTilesM][2] = {};
-    if constexpr (!C::kInt8) {
-      query.dot(p.k_mean + static_cast<int64_t>(bh) * kHeadDim, correction[0]);
-    }
+    const float correction[C::kTilesM][2] = {};  // K was smoothed before it was quantised
     store_lse<C>(p, bh, row0, rows, softmax, shift, correction);
   }
   BlendFactors<C> blend;
@@ -302,7 +238,7 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   // Linear branch: acc += e H
   if (linear) {
 #pragma unroll
-    for (int part = 0; part < C::kPartsH; ++part) wait_key(count + part);
+    for (int part = 0; part < C::kPartsH; ++part) wait_entry(count + part);
     wgmma_fence();
 #pragma unroll
     for (int part = 0; part < C::kPartsH; ++part) {
@@ -324,9 +260,9 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim, kQuant>::kTh
   bulk_store_wait_read();
 }
 
-template <typename Element, int kHeadDim, int kQuant>
+template <typename Element, int kHeadDim>
 cudaError_t launch_attn_fwd_sm90(const AttnParams& p) {
-  using C = AttnConfigSm90<Element, kHeadDim, kQuant>;
+  using C = AttnConfigSm90<Element, kHeadDim>;
   constexpr uint32_t kRowsPerWarp = kBlockQ / C::kWarps;
   AttnMaps maps = {};
   cudaError_t status = cudaSuccess;
@@ -338,17 +274,13 @@ cudaError_t launch_attn_fwd_sm90(const AttnParams& p) {
   if (p.out_sparse.data != nullptr) {
     check(encode_tokens(maps.out_sparse, p.out_sparse, p.shape, kHeadDim, kRowsPerWarp));
   }
-  if constexpr (!C::kInt8) {
-    check(encode_tokens(maps.k, p.k, p.shape, kHeadDim, kBlockK));
-    check(encode_tokens(maps.v, p.v, p.shape, kHeadDim, kBlockK));
-  }
   if (p.branch != SLA2_BRANCH_SPARSE) {
     constexpr uint64_t kRows = kHeadDim / 64 * kHeadDim;  // of 64 elements, a query block
     const uint64_t blocks = static_cast<uint64_t>(p.shape.num_bh) * p.shape.num_q_blocks;
     check(encode_tensor_map<3>(maps.h, p.h, {64, kRows, blocks}, {128, kRows * 128},
                                {64, C::kRowsH, 1}));
   }
-  const auto kernel = attn_fwd_sm90_kernel<Element, kHeadDim, kQuant>;
+  const auto kernel = attn_fwd_sm90_kernel<Element, kHeadDim>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSmemBytes));
   if (status != cudaSuccess) return status;
   const int ctas = p.shape.num_bh * p.shape.num_q_blocks;

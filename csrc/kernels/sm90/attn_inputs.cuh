@@ -1,5 +1,5 @@
-// What the attention kernel reads: its query block, the list of key blocks, and thread 0's copies
-// of K, V and H into the rings.
+// What the attention kernel of int8_fp8 reads: its query block, the list of key blocks, and the
+// copies of records and H into the ring.
 #pragma once
 
 #include "../common/attn_output.cuh"
@@ -9,9 +9,8 @@
 
 namespace sla2 {
 
-// Maps of q, of k and v ("none"), of H and of the outputs.
 struct AttnMaps {
-  CUtensorMap q, k, v, h, out, out_sparse;
+  CUtensorMap q, h, out, out_sparse;
 };
 
 // x in a register that the compiler does not connect with x.
@@ -22,18 +21,15 @@ __device__ __forceinline__ int detached(int x) {
 
 // Key block of an entry of the CTA's list.
 template <class C>
-__device__ __forceinline__ int listed_block(const AttnParams& p, const char* smem, int entry) {
-  if (C::kInt8 || entry < C::kListed) {
-    return reinterpret_cast<const uint16_t*>(smem + C::kList)[entry];
-  }
-  return p.lut[static_cast<int64_t>(blockIdx.x) * p.max_kv_blocks + entry];
+__device__ __forceinline__ int listed_block(const char* smem, int entry) {
+  return reinterpret_cast<const uint16_t*>(smem + C::kList)[entry];
 }
 
 // Z of the query block, the sum of its parts, to shared memory as two rows of bf16, high and low;
 // item: which four of its D values.
 template <class C>
 __device__ __forceinline__ void load_z(const AttnParams& p, char* smem, int item) {
-  constexpr int kParts = z_parts(C::kInt8 ? SLA2_QUANT_INT8_FP8 : SLA2_QUANT_NONE);
+  constexpr int kParts = z_parts(SLA2_QUANT_INT8_FP8);
   constexpr int kReads = C::kHeadDim / 4;
   if (item >= kReads) return;
   const float4* parts = reinterpret_cast<const float4*>(p.z + static_cast<int64_t>(blockIdx.x) *
@@ -53,7 +49,7 @@ __device__ __forceinline__ void load_z(const AttnParams& p, char* smem, int item
                                    P::from_floats(sum.z - second.x, sum.w - second.y));
 }
 
-// The CTA's query block, and the copies of its listed blocks, then of H, into the rings. Entry e
+// The CTA's query block, and the copies of its listed blocks, then of H, into the ring. Entry e
 // goes to slot e modulo the ring's length once every warp has released entry e - length. Lives in
 // shared memory, where it costs no registers but those of the thread at work.
 template <class C>
@@ -70,7 +66,7 @@ struct Producer {
     head = bh % p.shape.num_heads;
     batch = bh / p.shape.num_heads;
     const int64_t record = static_cast<int64_t>(bh) * p.shape.num_k_blocks;
-    records = static_cast<const char*>(p.records) + record * C::kStageBytesK;
+    records = static_cast<const char*>(p.records) + record * C::kStageBytes;
     k_scale = p.k_scale + record;
   }
   __device__ __forceinline__ void set_entries(int listed, bool linear) {
@@ -90,16 +86,15 @@ struct Producer {
 
   __device__ __forceinline__ bool linear() const { return entries > count; }
 
-  __device__ __forceinline__ void load_key(const AttnParams& p, const AttnMaps& maps, char* smem,
-                                           int entry) const {
+  __device__ __forceinline__ void load(const AttnMaps& maps, char* smem, int entry) const {
     if (entry >= entries) return;
-    const int slot = entry % C::kStagesK;
-    const uint32_t base = smem_address(smem), full = base + C::kFullK + slot * 8;
-    const uint32_t tile = base + C::kKeys + slot * C::kStageBytesK;
-    if (entry >= C::kStagesK) {
-      mbarrier_wait(base + C::kEmptyK + slot * 8, entry / C::kStagesK + 1 & 1);
+    const int slot = entry % C::kStages;
+    const uint32_t base = smem_address(smem), full = base + C::kFull + slot * 8;
+    const uint32_t tile = base + C::kKeys + slot * C::kStageBytes;
+    if (entry >= C::kStages) {
+      mbarrier_wait(base + C::kEmpty + slot * 8, entry / C::kStages + 1 & 1);
     }
-    mbarrier_expect(full, C::kStageBytesK);
+    mbarrier_expect(full, C::kStageBytes);
     if (entry >= count) {
 #pragma unroll
       for (int column = 0; column < C::kHeadDim / 64; ++column) {
@@ -107,41 +102,13 @@ struct Producer {
                     column * C::kHeadDim + (entry - count) * C::kRowsH, blockIdx.x, full,
                     evict_first());
       }
-      if constexpr (C::kJoint) mbarrier_arrive(full);
+      mbarrier_arrive(full);
       return;
     }
-    const int j = listed_block<C>(p, smem, entry);
-    if constexpr (C::kJoint) {
-      bulk_load(tile, records + static_cast<int64_t>(j) * C::kStageBytesK, C::kStageBytesK, full);
-      cp_async_4(base + C::kScales + slot * 4, k_scale + j);
-      cp_async_arrive(full);
-    } else {
-      load_tokens(tile, &maps.k, j, full);
-    }
-  }
-
-  __device__ __forceinline__ void load_value(const AttnParams& p, const AttnMaps& maps, char* smem,
-                                             int entry) const {
-    if constexpr (!C::kJoint) {
-      if (entry >= count) return;
-      const int slot = entry % C::kStagesV;
-      const uint32_t base = smem_address(smem), full = base + C::kFullV + slot * 8;
-      if (entry >= C::kStagesV) {
-        mbarrier_wait(base + C::kEmptyV + slot * 8, entry / C::kStagesV + 1 & 1);
-      }
-      mbarrier_expect(full, C::kValueBytes);
-      load_tokens(base + C::kValues + slot * C::kValueBytes, &maps.v,
-                  listed_block<C>(p, smem, entry), full);
-    }
-  }
-
- private:
-  __device__ __forceinline__ void load_tokens(uint32_t tile, const CUtensorMap* map, int j,
-                                              uint32_t full) const {
-#pragma unroll
-    for (int column = 0; column < C::kHeadDim / 64; ++column) {
-      tensor_load(tile + column * kBlockK * 128, map, column * 64, j * kBlockK, head, batch, full);
-    }
+    const int j = listed_block<C>(smem, entry);
+    bulk_load(tile, records + static_cast<int64_t>(j) * C::kStageBytes, C::kStageBytes, full);
+    cp_async_4(base + C::kScales + slot * 4, k_scale + j);
+    cp_async_arrive(full);
   }
 };
 

@@ -29,27 +29,6 @@ class QueryRows {
     }
   }
 
-  // Q . x of the rows; x: float [D].
-  __device__ __forceinline__ void dot(const float* x, float (&result)[2]) const {
-    result[0] = result[1] = 0.f;
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      const float4* source = reinterpret_cast<const float4*>(x + 32 * group + threadIdx.x % 4 * 8);
-      const float4 first = __ldg(source), second = __ldg(source + 1);
-      const float factor[8] = {first.x,  first.y,  first.z,  first.w,
-                               second.x, second.y, second.z, second.w};
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float q[8];
-        unpack8<Element>(words_[half][group], q);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) result[half] = fmaf(q[i], factor[i], result[half]);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) result[half] = lane_sum<4>(result[half]);
-  }
-
   // Q to e = exp(q - row maximum) in bf16, in place; denominator = e Z, by a product whose even
   // columns are the high part of Z and odd columns the low part: a lane gets one of each.
   __device__ __forceinline__ void exponentiate(const char* z, float (&denominator)[2]) {
@@ -102,38 +81,5 @@ class QueryRows {
  private:
   uint4 words_[2][kGroups];
 };
-
-// The warp's rows of accumulators, times factor(half, d, parity), through its rows of the query
-// tile to `map`. The caller waits with bulk_store_wait_read before the tile is used again.
-template <class C, typename Factor>
-__device__ __forceinline__ void store_rows(const float (&acc)[C::kTilesD][4], char* smem,
-                                           const CUtensorMap* map, int row0, int head, int batch,
-                                           Factor factor) {
-  const int lane = threadIdx.x % 32, row = C::tile_row(0) + lane % 16;
-  const uint32_t tile = smem_address(smem);
-  __syncwarp();  // the tile's last readers
-#pragma unroll
-  for (int d = 0; d < C::kTilesD; d += 2) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int half = i % 2, column = d + i / 2;
-      words[i] = Pair<typename C::Element>::from_floats(
-          acc[column][2 * half] * factor(half, column, 0),
-          acc[column][2 * half + 1] * factor(half, column, 1));
-    }
-    stmatrix_x4(tile + d / 8 * C::kPanelBytes + swizzle<128>(row, d % 8 + lane / 16), words);
-  }
-  fence_async_shared();
-  __syncwarp();
-  if (elect_one()) {
-#pragma unroll
-    for (int panel = 0; panel < C::kHeadDim / 64; ++panel) {
-      tensor_store(map, tile + panel * C::kPanelBytes + C::tile_row(0) * 128, 64 * panel,
-                   row0 + C::tile_row(0), head, batch, evict_first());
-    }
-    bulk_store_commit();
-  }
-}
 
 }  // namespace sla2

@@ -28,12 +28,12 @@ __device__ __forceinline__ typename C::Score masked_score(const typename C::Scor
 }
 
 // Takes a tile's scores into the row maxima. Only where one of them exceeds what the headroom
-// allows, in any lane of the warp, do lanes exchange their maxima and are sums and outputs
-// rescaled: most tiles cost a comparison.
-template <class C, bool kMask>
+// allows, in any lane of the warp, do lanes exchange their maxima and are sums and, by
+// rescale(half, factor), outputs rescaled: most tiles cost a comparison.
+template <class C, bool kMask, typename Rescale>
 __device__ __forceinline__ void update_max(const typename C::Score (&s)[32], int valid,
                                            float scale_log2, float (&row_max)[2],
-                                           float (&row_sum)[2], float (&acc)[C::kTilesD][4]) {
+                                           float (&row_sum)[2], Rescale rescale) {
   using Score = typename C::Score;
   float block_max[2];
 #pragma unroll
@@ -57,11 +57,7 @@ __device__ __forceinline__ void update_max(const typename C::Score (&s)[32], int
     const float factor = exp2_approx(row_max[half] - grown);
     row_max[half] = grown;
     row_sum[half] *= factor;
-#pragma unroll
-    for (int d = 0; d < C::kTilesD; ++d) {
-      acc[d][2 * half] *= factor;
-      acc[d][2 * half + 1] *= factor;
-    }
+    rescale(half, factor);
   }
 }
 

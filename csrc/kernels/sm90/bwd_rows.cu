@@ -15,6 +15,7 @@
 #include "../common/dispatch.h"
 #include "bwd_rows_copy.cuh"
 #include "bwd_rows_linear.cuh"
+#include "launch.h"
 #include "tensor_map.h"
 
 namespace sla2 {
@@ -100,7 +101,7 @@ __device__ __forceinline__ void compute_row_tiles(const AttnBwdParams& p, const 
 
 #pragma unroll 1
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const BwdRowTile tile(p, index);
+    const RowTile tile(p.shape, p.bh_begin, index);
     const bool sparse = p.branch != SLA2_BRANCH_LINEAR;
     RowStateSm90<C> state;
     state.load(p, tile);
@@ -111,7 +112,7 @@ __device__ __forceinline__ void compute_row_tiles(const AttnBwdParams& p, const 
     Fragments<C> q, grad;
     load_fragments<C>(q, smem.query);
     load_fragments<C>(grad, smem.grad);
-    state.find_row_max(q);
+    feature_offsets<C>(state.offset, q);
     state.set_alpha(p, tile, listed);
     if (sparse) {
       wait_stage();
@@ -193,7 +194,7 @@ __device__ __forceinline__ void compute_row_tiles(const AttnBwdParams& p, const 
 }
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kBwdRowThreads, 1)
+__global__ void __launch_bounds__(kRowThreads, 1)
     bwd_rows_sm90_kernel(const __grid_constant__ AttnBwdParams p,
                          const __grid_constant__ BwdRowMaps maps) {
   using C = BwdRowSm90Config<Element, kHeadDim>;
@@ -210,11 +211,11 @@ __global__ void __launch_bounds__(kBwdRowThreads, 1)
   }
   __syncthreads();
   const int group = uniform(static_cast<int>(threadIdx.x / kWarpgroup));
-  if (group < kBwdRowGroups) {
-    grow_registers<kBwdRowRegisters>();
+  if (group < kRowGroups) {
+    grow_registers<kRowRegisters>();
     compute_row_tiles<C>(p, maps, smem, group);
   } else {
-    shrink_registers<kBwdCopyRegisters>();
+    shrink_registers<kRowCopyRegisters>();
     if (threadIdx.x / 32 == C::kWarps) {
       if (elect_one()) BwdRowCopies<C>{p, maps, smem}.run();
     }
@@ -262,14 +263,11 @@ cudaError_t launch_bwd_rows_sm90(const AttnBwdParams& p, int dtype, int head_dim
       status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(sizeof(typename C::Smem)));
     }
-    int device = 0, sms = 0;
-    if (status == cudaSuccess) status = cudaGetDevice(&device);
-    if (status == cudaSuccess) {
-      status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
-    }
+    int sms = 0;
+    if (status == cudaSuccess) status = count_multiprocessors(sms);
     if (status != cudaSuccess) return status;
     const int grid = std::min(sms, p.bh_count * p.shape.num_q_blocks);
-    kernel<<<grid, kBwdRowThreads, sizeof(typename C::Smem), p.stream>>>(p, maps);
+    kernel<<<grid, kRowThreads, sizeof(typename C::Smem), p.stream>>>(p, maps);
     return cudaGetLastError();
   });
 }

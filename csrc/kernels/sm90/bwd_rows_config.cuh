@@ -1,27 +1,19 @@
 // Shared memory, tiles and maps of the Hopper backward kernel by query block.
 #pragma once
 
-#include "../common/layout.cuh"
 #include "../common/params.h"
-#include "linear.cuh"
+#include "row_tiles.cuh"
 
 namespace sla2 {
 
-// Two warpgroups of 64 query rows share every key block; one warp of a third fills the rings. A
-// computing thread holds dQ (64 registers), S and dP (32 each), its fragments of Q and dO (32 each)
-// and dS (16).
-constexpr int kBwdRowGroups = 2;
-constexpr int kBwdRowThreads = (kBwdRowGroups + 1) * kWarpgroup;
-constexpr int kBwdRowRegisters = 240, kBwdCopyRegisters = 24;
-static_assert((kBwdRowGroups * kBwdRowRegisters + kBwdCopyRegisters) * kWarpgroup <= 65536,
-              "the SM's registers");
-
+// A computing thread holds dQ (64 registers), S and dP (32 each), its fragments of Q and dO (32
+// each) and dS (16).
 template <typename Element_, int kHeadDim_>
 struct BwdRowSm90Config {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kWarps = kBwdRowGroups * 4;  // that compute
-  static constexpr int kSteps = kHeadDim / 16;      // k16 steps of a product over the channels
+  static constexpr int kWarps = kRowGroups * 4;  // that compute
+  static constexpr int kSteps = kHeadDim / 16;   // k16 steps of a product over the channels
   static constexpr int kTilesD = kHeadDim / 8;
   static constexpr int kPanels = kHeadDim / kPanel;
   static __device__ __forceinline__ int tile_row(int) { return threadIdx.x / 32 * 16; }
@@ -64,22 +56,6 @@ struct BwdStateStore {
 struct BwdRowMaps {
   CUtensorMap q, grad_out, out_sparse, k, v, h;
   CUtensorMap dq, dstate;  // boxes of a warp's 16 rows
-};
-
-// What a CTA works on at a time: a query block.
-struct BwdRowTile {
-  int local;  // among those of the launch
-  int bh, head, batch, block, row0, rows;
-
-  __device__ __forceinline__ BwdRowTile(const AttnBwdParams& p, int tile) {
-    local = tile;
-    block = tile % p.shape.num_q_blocks;
-    bh = p.bh_begin + tile / p.shape.num_q_blocks;
-    head = bh % p.shape.num_heads;
-    batch = bh / p.shape.num_heads;
-    row0 = block * kBlockQ;
-    rows = min(kBlockQ, p.shape.seqlen - row0);
-  }
 };
 
 // Listed blocks that the sparse branch uses; whether the linear one has any.

@@ -4,30 +4,13 @@
 
 #include <type_traits>
 
-#include "attn_output.cuh"
 #include "bwd_rows_state.cuh"
+#include "row_store.cuh"
 
 namespace sla2 {
 
 // The barrier of the warps that compute; 0 is __syncthreads'.
 constexpr int kBwdRowBarrier = 1;
-
-// e of a pair of features, rounded to bfloat16 as in the forward pass.
-template <typename Element>
-__device__ __forceinline__ uint32_t query_features(uint32_t q, float offset) {
-  const float2 x = Pair<Element>::to_float2(q);
-  return Pair<__nv_bfloat16>::from_floats(exp2_approx(fmaf(x.x, kLog2e, offset)),
-                                          exp2_approx(fmaf(x.y, kLog2e, offset)));
-}
-
-// Z of the lane's pair of features in n8 tile n.
-template <class C>
-__device__ __forceinline__ float2 feature_sums(const float* z, int n) {
-  const int feature = 8 * n + threadIdx.x % 4 * 2;
-  const float2 high = *reinterpret_cast<const float2*>(z + feature);
-  const float2 low = *reinterpret_cast<const float2*>(z + C::kHeadDim + feature);
-  return make_float2(high.x + low.x, high.y + low.y);
-}
 
 // acc = G of the warp's rows, dot = <dO, O_l>, weight = rest / (e Z). e (bfloat16) takes the place
 // of Q in shared memory, where fp16 dO becomes bfloat16.
@@ -204,7 +187,7 @@ __device__ __forceinline__ void state_gradient(float (&acc)[C::kTilesD][4], uint
 
 // d alpha_logit of the warp's rows, per token or, summed, to `warp_sum`. dot: <dO, O_l>.
 template <class C>
-__device__ __forceinline__ void alpha_gradient(const AttnBwdParams& p, const BwdRowTile& tile,
+__device__ __forceinline__ void alpha_gradient(const AttnBwdParams& p, const RowTile& tile,
                                                const RowStateSm90<C>& state, const float (&dot)[2],
                                                float* warp_sum) {
   float sum = 0.f;
@@ -228,7 +211,7 @@ __device__ __forceinline__ void alpha_gradient(const AttnBwdParams& p, const Bwd
 // product that sums dH and dZ multiplies theirs by zero.
 template <class C>
 __device__ __forceinline__ void linear_branch(const AttnBwdParams& p, const BwdRowMaps& maps,
-                                              const BwdRowTile& tile, typename C::Smem& smem,
+                                              const RowTile& tile, typename C::Smem& smem,
                                               float (&acc)[C::kTilesD][4],
                                               const RowStateSm90<C>& state,
                                               const Fragments<C>& grad, bool linear, int group) {

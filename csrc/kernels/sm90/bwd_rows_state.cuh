@@ -8,27 +8,6 @@
 
 namespace sla2 {
 
-// The warp's 16 rows as A operands. fragment[s][2 c + half]: row lane / 4 + 8 half, channels 16 s +
-// 8 c + 2 (lane % 4) + {0, 1}: what a lane also holds of accumulators, as n8 tile 2 s + c.
-template <class C>
-using Fragments = uint32_t[C::kSteps][4];
-
-// Where the lane's row of ldmatrix or stmatrix is for k16 step `step`.
-template <class C>
-__device__ __forceinline__ uint32_t fragment_address(const char* tile, int step) {
-  const int lane = threadIdx.x % 32;
-  return smem_address(tile) + step / 4 * C::kPanelBytes +
-         swizzle<128>(C::tile_row(0) + lane % 16, step % 4 * 2 + lane / 16);
-}
-
-template <class C>
-__device__ __forceinline__ void load_fragments(Fragments<C>& fragments, const char* tile) {
-#pragma unroll
-  for (int step = 0; step < C::kSteps; ++step) {
-    ldmatrix_x4(fragments[step], fragment_address<C>(tile, step));
-  }
-}
-
 // Rows lane / 4 + {0, 8} of the warp; the four lanes of a quad hold the same values.
 //
 // dO_s = alpha dO and dO_l = rest dO never exist: alpha goes into P, as P only ever appears times
@@ -48,7 +27,7 @@ struct RowStateSm90 {
 
   // Starts the reads of alpha's logit and lse, which no other read waits for: to `rest` and
   // `shift`.
-  __device__ __forceinline__ void load(const AttnBwdParams& p, const BwdRowTile& tile) {
+  __device__ __forceinline__ void load(const AttnBwdParams& p, const RowTile& tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = tile.row0 + min(row(half), tile.rows - 1);
@@ -65,7 +44,7 @@ struct RowStateSm90 {
 
   // From these to 1 - alpha and lse less log alpha, in log2 units. alpha is settled where a branch
   // is missing: 0 without a listed block, 1 without an unlisted one.
-  __device__ __forceinline__ void set_alpha(const AttnBwdParams& p, const BwdRowTile& tile,
+  __device__ __forceinline__ void set_alpha(const AttnBwdParams& p, const RowTile& tile,
                                             int listed) {
     const bool both = p.branch == SLA2_BRANCH_BOTH;
     const bool learned = both && listed > 0 && listed < p.shape.num_k_blocks;
@@ -77,19 +56,6 @@ struct RowStateSm90 {
       rest[half] = learned ? reciprocal_approx(1.f + exp2_approx(logit)) : sparse_alone ? 0.f : 1.f;
       if (row(half) >= tile.rows) rest[half] = 0.f;
       shift[half] = fmaf(shift[half], kLog2e, -log_alpha);
-    }
-  }
-
-  __device__ __forceinline__ void find_row_max(const Fragments<C>& q) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t largest = q[0][half];
-#pragma unroll
-      for (int step = 0; step < C::kSteps; ++step) {
-        largest = Pair<Element>::max(largest, Pair<Element>::max(q[step][half], q[step][2 + half]));
-      }
-      const float2 pair = Pair<Element>::to_float2(largest);
-      offset[half] = -kLog2e * lane_max<4>(max_nan(pair.x, pair.y));
     }
   }
 

@@ -23,7 +23,7 @@ struct Bf16StateWorker : StateWorker<Variant> {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int feature = feature0 + 16 * warp + lane / 4 + 8 * half;
-      uint16_t* row = h + (Variant::kBackward ? feature * kHeadDim : h_row(feature) * kPanel);
+      uint16_t* row = h + feature * kHeadDim;
 #pragma unroll
       for (int i = 0; i < kPanel / 32; ++i) {
         uint32_t words[4];
@@ -82,7 +82,7 @@ struct Bf16StateWorker : StateWorker<Variant> {
         wgmma_wait<0>();
         pin(acc);
         pin(z);
-        store_h(acc, state() + panel * kPanel * (Variant::kBackward ? 1 : kHeadDim), m * kPanel);
+        store_h(acc, state() + panel * kPanel, m * kPanel);
         if (panel == 0) store_z(z, state() + kHeadDim * kHeadDim, m * kPanel);
       }
     }

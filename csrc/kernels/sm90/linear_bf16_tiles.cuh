@@ -21,12 +21,11 @@ struct Bf16TileShape {
   static constexpr int kColumns = kPanels * kPanel;
 };
 
-// Columns of a state: h, [channel / 64][h_row][64 channels] or, in the backward pass, [D][D], then
-// z as a bf16 pair (high [D], low [D]). Where this launch makes the states, of each 32 channels
-// 8 n + 2 t + e lies at 8 t + 2 n + e. Lane t of a quad, which holds the pairs n in its
-// accumulators, so has 16 contiguous bytes where h is made, and, as the order is its own inverse,
-// again where H is. States from elsewhere have their channels in order, and H leaves through shared
-// memory.
+// Columns of a state: h, [D][D], then z as a bf16 pair (high [D], low [D]). Where this launch makes
+// the states, of each 32 channels 8 n + 2 t + e lies at 8 t + 2 n + e. Lane t of a quad, which
+// holds the pairs n in its accumulators, so has 16 contiguous bytes where h is made, and, as the
+// order is its own inverse, again where H is. States from elsewhere have their channels in order,
+// and H leaves through shared memory.
 
 struct Bf16Tile {
   int bh, column0;

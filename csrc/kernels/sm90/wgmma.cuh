@@ -38,6 +38,20 @@ __device__ __forceinline__ void pin(T (&x)[kCount]) {
   }
 }
 
+// A operands for the next product, made while the one that reads `target` was in flight. ptxas
+// gives the source of a plain copy the same registers, and serialises the products for it (C7513).
+template <int kSteps>
+__device__ __forceinline__ void copy_operands(uint32_t (&target)[kSteps][4],
+                                              const uint32_t (&source)[kSteps][4]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      asm volatile("mov.b32 %0, %1;" : "=r"(target[step][i]) : "r"(source[step][i]));
+    }
+  }
+}
+
 enum class Swizzle : uint64_t { k128 = 1, k64 = 2 };
 
 // Shared-memory operand, 1024-byte aligned tiles of 128-byte (64-byte) rows with the hardware
