@@ -87,7 +87,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"router_score": "softmax", "tau": 1e-4},
     {"pinned": [7]},  # the short block
     {"pinned": [0, 3]},  # all that are kept: the map is hard
-    {"scale": 0.4},
+    {"scale": 0.2},  # with 0.4 a row's lse lacks 0.02, what the threshold may leave out
 ]
 
 
@@ -120,7 +120,7 @@ def test_pinned_blocks_out_of_range() -> None:
 @pytest.mark.parametrize("tau", TAUS[:2])
 def test_a_longer_sequence(tau: float, dtype: torch.dtype) -> None:
     """71 query and 141 key blocks: more than one tile of every product."""
-    problem = make_problem(Case(1, 9000, 2, 128, "2", dtype), tau=tau, scale=0.4)
+    problem = make_problem(Case(1, 9000, 2, 128, "2", dtype), tau=tau)
     out, lse, out_sparse, mask = problem.forward()
     wide = [ops.bnhd(x, "BNHD").float() for x in problem.inputs.qkv]
     expected = blockwise.soft_fwd(
@@ -255,7 +255,7 @@ def raw_soft(problem: Problem, m: Tensor, pattern: int) -> dict[str, Tensor]:
     b, n, h, d = q.shape
     shape = (b, n, h, d, ops._DTYPES[q.dtype])
     flags = (problem.phi_input == "raw", problem.smooth_k, problem.scale)
-    forward, backward = (0, 0, ops._PATHS["portable"], *flags), (0, *flags)
+    forward, backward = ((*x, ops._PATHS["portable"], *flags) for x in ((0, 0), (0,)))
     sizes = (
         ext.attn_fwd_workspace(
             shape=shape, options=forward, routed=False, soft=True, max_kv_blocks=0
