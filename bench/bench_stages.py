@@ -78,6 +78,10 @@ BUDGET_CASE = ("int8_fp8", 0.03)
 ROUTE_KEY_BLOCKS = 3008  # more than these are routed by the portable kernels on both paths
 
 OWN_KERNEL = re.compile(r"\bsla2::(?:\(anonymous namespace\)::|<unnamed>::)?(\w+_kernel)\b")
+# ncu leaves the namespaces of its own "demangled" names out in some versions.
+NCU_KERNEL = re.compile(
+    r"(?:void )?(?:sla2::(?:\(anonymous namespace\)::|<unnamed>::)?)?(\w+_kernel)\b"
+)
 NCU_METRICS = {"dram__bytes_read.sum": 0, "dram__bytes_write.sum": 1}
 NCU_UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
@@ -234,7 +238,7 @@ def read_ncu(path: Path) -> dict[str, list[float]]:
         raise CliError(f'{path} has no table with "ID" and "Metric Value": use ncu --csv')
     found: dict[str, list[float]] = {}
     for row in csv.DictReader(lines[header:]):
-        kernel = OWN_KERNEL.search(row["Kernel Name"] or "")
+        kernel = NCU_KERNEL.match(row["Kernel Name"] or "")
         metric = row["Metric Name"]
         if kernel is None or metric not in NCU_METRICS:
             continue

@@ -17,13 +17,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sla2.cli.parser import SHAPES
+
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 INTRODUCTION = (
     "Written by `python bench/readme_table.py` from `bench/results/*.json`. Milliseconds per call, "
     "routing included:\nmedian (lowest to highest); the other columns are medians of other "
     "attention in the same run, on the same inputs; flex is\nFlexAttention with the block map "
-    "given, the sparse branch alone, without routing or a linear branch."
+    "given, the sparse branch alone, without routing or a linear branch. Of a GPU the\nshapes of "
+    "models are here, with the kernels that a call takes; other lengths, head dimensions and "
+    "kernels are in\n[docs/benchmarks.md](docs/benchmarks.md)."
 )
 NOTHING = (
     "No measurement of this version is recorded there yet; `sla2 bench --peers --output "
@@ -94,6 +98,18 @@ def newest(rows: list[Row]) -> list[Row]:
     return list(found.values())
 
 
+def chosen(rows: list[Row]) -> list[Row]:
+    """Of one machine's rows the shapes of models, if there are any, and the portable kernels only
+    where no others were measured."""
+    models = [r for r in rows if tuple(r[x] for x in "BHND") in SHAPES.values()] or rows
+
+    def case(row: Row) -> tuple[Any, ...]:
+        return row.get("dtype"), *(row[x] for x in ("op", "B", "H", "N", "D", "kept", "quant"))
+
+    served = {case(row) for row in models if row["path"] != "portable"}
+    return [row for row in models if row["path"] != "portable" or case(row) not in served]
+
+
 # ---- writing ----------------------------------------------------------------------------------
 
 
@@ -152,7 +168,7 @@ def block(rows: list[Row]) -> str:
     if not rows:
         parts.append(NOTHING)
     for name in sorted({machine(row) for row in rows}):
-        own = [row for row in rows if machine(row) == name]
+        own = chosen([row for row in rows if machine(row) == name])
         parts += [f"**{name}**", "\n".join(_table(own)), "\n".join(_sources(own))]
     return "\n\n".join(parts)
 

@@ -315,6 +315,11 @@ def test_read_ncu_sums_bytes_in_all_units(tmp_path: Path) -> None:
     assert found["attn_fwd_sm90_kernel"] == pytest.approx([1.5e9, 2250.0])
 
 
+def test_read_ncu_knows_kernels_without_namespaces(tmp_path: Path) -> None:
+    path = ncu_file(tmp_path, ncu_row("pool_kernel(PoolParams)", READ, "byte", "8"))
+    assert bench_stages.read_ncu(path) == {"pool_kernel": [8.0, 0.0]}
+
+
 def test_read_ncu_refuses_other_files(tmp_path: Path) -> None:
     def refusal(path: Path) -> str:
         with pytest.raises(CliError) as caught:

@@ -440,6 +440,17 @@ def test_table_takes_the_newest_row_of_a_case(table: Any) -> None:
     assert "1.11 (" in table.text() and "2.22" not in table.text()
 
 
+def test_table_leaves_other_cases_to_the_page(table: Any) -> None:
+    """Lengths that are no model's, and portable kernels where a call takes others."""
+    table.write([
+        measured_row(ms_median=1.11), measured_row(path="sm90", ms_median=2.22),
+        measured_row(quant="int8_fp16", ms_median=3.33), measured_row(N=8192, ms_median=4.44),
+    ])  # fmt: skip
+    assert table.run() == 0
+    shown = [x for x in ("1.11 (", "2.22 (", "3.33 (", "4.44 (") if x in table.text()]
+    assert shown == ["2.22 (", "3.33 ("]
+
+
 def test_table_without_results_says_so(table: Any) -> None:
     table.write({"passed": True}, "selftest.json")
     table.write([{"op": "sla2_attention", "kernel": "pool", "ms_mean": 0.1}], "kernels.json")
