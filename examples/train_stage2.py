@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +298,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
+def run(options: argparse.Namespace, train: Callable[[Any, torch.device], None]) -> int:
+    """`train` among its processes, unless --output holds a run and --resume was not said."""
     options.output.mkdir(parents=True, exist_ok=True)
     if checkpoints(options.output) and not options.resume:
         print(f"{options.output} holds a run: go on with --resume, or choose another folder")
@@ -307,11 +308,15 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     device = begin(options.device)
     try:
-        fine_tune(options, device)
+        train(options, device)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run(parse(argv), fine_tune)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ not a multiple of 16 bytes is copied first; any other strides, zero included, ar
 
 A call takes the kernels "sm90" where they can serve it, else "portable"; `kernel_path` (or the
 environment variable SLA2_PATH, read once at import) forces one set, for tests and benchmarks.
-Gradients and the soft mode are portable whatever it says.
+The soft mode is portable whatever it says.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def _attn_bwd_cuda(
             alpha_logit = alpha_logit.contiguous()
         alpha = _alpha_operand(alpha_logit, n)
         shape = (b, n, h, d, _DTYPES[q.dtype])
-        path = _PATHS[current_path()]
+        path = _PATHS["portable" if soft_map is not None else current_path()]
         options = (_BRANCHES[branch], path, phi_input == "raw", smooth_k, scale)
         size = ext.attn_bwd_workspace(
             shape=shape,

@@ -123,38 +123,33 @@ def test_headers_are_where_the_package_says(package: Package) -> None:
     assert installed == (REPOSITORY / "csrc" / "include" / "sla2" / "sla2.h").read_text()
 
 
-@pytest.mark.slow
-def test_cpp_project_uses_the_package(package: Package, tmp_path: Path) -> None:
+def build_project(package: Package, source: str, folder: Path, compiler: str) -> None:
+    """Builds a CMake project of this repository against the installed package."""
     _ = package.library
-    for tool in ("cmake", "c++"):
+    for tool in ("cmake", compiler):
         if shutil.which(tool) is None:
             missing(f"{tool} is not on PATH")
     cmake_dir = package.run("import sla2.env as e; print(e.get_cmake_dir())")
-    source = REPOSITORY / "tests" / "cpp"
     for command in (
-        ["cmake", "-S", str(source), "-B", str(tmp_path), f"-Dsla2_DIR={cmake_dir}"],
-        ["cmake", "--build", str(tmp_path)],
-        [str(tmp_path / "consumer")],
+        ["cmake", "-S", str(REPOSITORY / source), "-B", str(folder), f"-Dsla2_DIR={cmake_dir}"],
+        ["cmake", "--build", str(folder)],
     ):
         result = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_cpp_project_uses_the_package(package: Package, tmp_path: Path) -> None:
+    build_project(package, "tests/cpp", tmp_path, "c++")
+    command = [str(tmp_path / "consumer")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert "consumer: ok" in result.stdout
 
 
 @pytest.mark.slow
 def test_cuda_example_uses_the_package(package: Package, tmp_path: Path) -> None:
-    _ = package.library
-    for tool in ("cmake", "nvcc"):
-        if shutil.which(tool) is None:
-            missing(f"{tool} is not on PATH")
-    cmake_dir = package.run("import sla2.env as e; print(e.get_cmake_dir())")
-    source = REPOSITORY / "examples" / "cpp"
-    for command in (
-        ["cmake", "-S", str(source), "-B", str(tmp_path), f"-Dsla2_DIR={cmake_dir}"],
-        ["cmake", "--build", str(tmp_path)],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert result.returncode == 0, result.stdout + result.stderr
+    build_project(package, "examples/cpp", tmp_path, "nvcc")
     command = [str(tmp_path / "attention"), "--seqlen", "1000", "--heads", "2", "--topk", "0.2"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if result.returncode != 0:  # no usable GPU: said in one line

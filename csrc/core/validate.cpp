@@ -52,6 +52,8 @@ template <typename Params>
 void validate_soft_map(const Params& params) {
   require(params.branch == SLA2_BRANCH_BOTH, "branch is ", params.branch,
           " with a soft_map: it is for both branches");
+  require(params.path != SLA2_PATH_SM90,
+          "path is SLA2_PATH_SM90 with a soft_map: its kernels are portable");
 }
 
 void validate_choice(int value, int last, const char* name) {
@@ -113,8 +115,6 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
     validate_soft_map(params);
     require(params.quant == SLA2_QUANT_NONE, "quant is ", params.quant,
             " with a soft_map: it must be SLA2_QUANT_NONE");
-    require(params.path != SLA2_PATH_SM90,
-            "path is SLA2_PATH_SM90 with a soft_map: its kernels are portable");
     require(params.router.proj_q == nullptr, "router.proj_q is not null with a soft_map");
   } else {
     validate_lists(params.lists, shape.num_k_blocks);

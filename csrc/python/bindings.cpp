@@ -86,14 +86,32 @@ void set_alpha(Params& params, const std::optional<AlphaTuple>& alpha) {
   params.alpha_per_token = std::get<2>(*alpha);
 }
 
+template <typename Params>
+Params make_params(const ShapeTuple& shape) {
+  Params params = {};
+  params.size = sizeof(params);
+  params.shape = to_shape(shape);
+  return params;
+}
+
+template <typename Params>
+void enqueue(sla2_status (*call)(const Params*), Params& params, const WorkspaceTuple& workspace,
+             Pointer stream) {
+  params.workspace = pointer<void>(std::get<0>(workspace));
+  params.workspace_bytes = std::get<1>(workspace);
+  params.stream = pointer<CUstream_st>(stream);
+  py::gil_scoped_release release;
+  const sla2_status status = call(&params);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
 // For optional inputs of which only the presence counts.
 const float kAnything = 0.f;
 
 size_t attn_fwd_workspace(const ShapeTuple& shape, const OptionsTuple& options, bool routed,
                           bool soft, int max_kv_blocks) {
-  sla2_attn_fwd_params params = {};
-  params.size = sizeof(params);
-  params.shape = to_shape(shape);
+  auto params = make_params<sla2_attn_fwd_params>(shape);
   set_options(params, options);
   params.router.proj_q = routed ? &kAnything : nullptr;
   params.soft_map = soft ? &kAnything : nullptr;
@@ -109,9 +127,7 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
               const std::optional<AlphaTuple>& alpha, const std::optional<RouterTuple>& router,
               const ListsTuple& lists, Pointer soft_map, const WorkspaceTuple& workspace,
               Pointer stream) {
-  sla2_attn_fwd_params params = {};
-  params.size = sizeof(params);
-  params.shape = to_shape(shape);
+  auto params = make_params<sla2_attn_fwd_params>(shape);
   set_options(params, options);
   params.q = to_tensor(q);
   params.k = to_tensor(k);
@@ -123,20 +139,12 @@ void attn_fwd(const ShapeTuple& shape, const OptionsTuple& options, const Tensor
   if (router) params.router = to_router(*router);
   params.lists = to_lists(lists);
   params.soft_map = pointer<const float>(soft_map);
-  params.workspace = pointer<void>(std::get<0>(workspace));
-  params.workspace_bytes = std::get<1>(workspace);
-  params.stream = pointer<CUstream_st>(stream);
-  py::gil_scoped_release release;
-  const sla2_status status = sla2_attn_fwd(&params);
-  py::gil_scoped_acquire acquire;
-  check(status);
+  enqueue(sla2_attn_fwd, params, workspace, stream);
 }
 
 size_t attn_bwd_workspace(const ShapeTuple& shape, const GradOptionsTuple& options,
                           bool alpha_per_token, bool soft, int max_kv_blocks) {
-  sla2_attn_bwd_params params = {};
-  params.size = sizeof(params);
-  params.shape = to_shape(shape);
+  auto params = make_params<sla2_attn_bwd_params>(shape);
   set_options(params, options);
   params.alpha_per_token = alpha_per_token;
   params.soft_map = soft ? &kAnything : nullptr;
@@ -153,9 +161,7 @@ void attn_bwd(const ShapeTuple& shape, const GradOptionsTuple& options, const Te
               const TensorTuple& grad_q, const TensorTuple& grad_k, const TensorTuple& grad_v,
               Pointer grad_alpha_logit, Pointer soft_map, Pointer grad_log_map,
               const WorkspaceTuple& workspace, Pointer stream) {
-  sla2_attn_bwd_params params = {};
-  params.size = sizeof(params);
-  params.shape = to_shape(shape);
+  auto params = make_params<sla2_attn_bwd_params>(shape);
   set_options(params, options);
   params.q = to_tensor(q);
   params.k = to_tensor(k);
@@ -171,19 +177,11 @@ void attn_bwd(const ShapeTuple& shape, const GradOptionsTuple& options, const Te
   params.grad_alpha_logit = pointer<float>(grad_alpha_logit);
   params.soft_map = pointer<const float>(soft_map);
   params.grad_log_map = pointer<float>(grad_log_map);
-  params.workspace = pointer<void>(std::get<0>(workspace));
-  params.workspace_bytes = std::get<1>(workspace);
-  params.stream = pointer<CUstream_st>(stream);
-  py::gil_scoped_release release;
-  const sla2_status status = sla2_attn_bwd(&params);
-  py::gil_scoped_acquire acquire;
-  check(status);
+  enqueue(sla2_attn_bwd, params, workspace, stream);
 }
 
 size_t route_workspace(const ShapeTuple& shape, int path, int max_kv_blocks) {
-  sla2_route_params params = {};
-  params.size = sizeof(params);
-  params.shape = to_shape(shape);
+  auto params = make_params<sla2_route_params>(shape);
   params.path = path;
   params.lists.max_kv_blocks = max_kv_blocks;
   size_t bytes = 0;
@@ -194,9 +192,7 @@ size_t route_workspace(const ShapeTuple& shape, int path, int max_kv_blocks) {
 void route(const ShapeTuple& shape, int path, bool smooth_k, const TensorTuple& q,
            const TensorTuple& k, const RouterTuple& router, const ListsTuple& lists, Pointer scores,
            const WorkspaceTuple& workspace, Pointer stream) {
-  sla2_route_params params = {};
-  params.size = sizeof(params);
-  params.shape = to_shape(shape);
+  auto params = make_params<sla2_route_params>(shape);
   params.path = path;
   params.smooth_k = smooth_k;
   params.q = to_tensor(q);
@@ -204,13 +200,7 @@ void route(const ShapeTuple& shape, int path, bool smooth_k, const TensorTuple& 
   params.router = to_router(router);
   params.lists = to_lists(lists);
   params.scores = pointer<float>(scores);
-  params.workspace = pointer<void>(std::get<0>(workspace));
-  params.workspace_bytes = std::get<1>(workspace);
-  params.stream = pointer<CUstream_st>(stream);
-  py::gil_scoped_release release;
-  const sla2_status status = sla2_route(&params);
-  py::gil_scoped_acquire acquire;
-  check(status);
+  enqueue(sla2_route, params, workspace, stream);
 }
 
 std::optional<std::string> supported(int device, int dtype, int head_dim, int quant, int path) {
@@ -227,7 +217,7 @@ int runtime_version() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Raw-pointer interface to libsla2; sla2.ops is its only caller.";
+  m.doc() = "Raw-pointer interface to libsla2 for sla2.ops and sla2.ops_bwd.";
   m.def("attn_fwd", &attn_fwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"),
         py::arg("k"), py::arg("v"), py::arg("out"), py::arg("out_sparse"), py::arg("lse"),
         py::arg("alpha"), py::arg("router"), py::arg("lists"), py::arg("soft_map") = 0,

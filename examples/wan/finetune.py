@@ -24,7 +24,6 @@ import os
 import random
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,12 +55,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_stage2 import (
     Log,
     barrier,
-    begin,
-    checkpoints,
     is_main,
     load_checkpoint,
     mean_over_processes,
     rank,
+    run,
     save_checkpoint,
 )
 
@@ -268,20 +266,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    options.output.mkdir(parents=True, exist_ok=True)
-    if checkpoints(options.output) and not options.resume:
-        print(f"{options.output} holds a run: go on with --resume, or choose another folder")
-        return 2
-    # A run of one process is what it is told to be.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-    device = begin(options.device)
-    try:
-        fine_tune(options, device)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+    return run(parse(argv), fine_tune)
 
 
 if __name__ == "__main__":

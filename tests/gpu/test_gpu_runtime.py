@@ -79,7 +79,7 @@ def test_the_same_bits_50_times(quant: str, head_dim: int) -> None:
 @pytest.mark.parametrize("quant", QUANTS)
 def test_the_sparse_branch_alone_1000_times(quant: str) -> None:
     """No linear branch whose barriers would keep a CTA's warps together: one of them stored its
-    output over the queries of another once in a thousand calls."""
+    output over the queries of another in 16 of 10000 calls (portable, int8_fp16)."""
     inputs = make(quant, seqlen=1560, num_heads=32, head_dim=128)
     block_map = attend(inputs, return_aux=True)[1].block_map
     a = torch.randn(4096, 4096, device=DEVICE, dtype=BF16)
