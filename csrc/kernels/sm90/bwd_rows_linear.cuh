@@ -177,7 +177,8 @@ __device__ __forceinline__ void state_gradient(float (&acc)[C::kTilesD][4], uint
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kBlockQ / 16; ++step) {
-    WgmmaTn::mma(flat, advance(w, 2048 * step), advance(grad, 2048 * step), step > 0);
+    Wgmma16<__nv_bfloat16, true, true>::mma(flat, advance(w, 2048 * step),
+                                            advance(grad, 2048 * step), step > 0);
   }
   wgmma_commit();
   if (group < C::kPanels) store_z_gradient<C>(dz, smem);

@@ -160,19 +160,20 @@ struct Wgmma16;
   };
 SLA2_WGMMA_16(__nv_bfloat16, "bf16.bf16")
 SLA2_WGMMA_16(__half, "f16.f16")
+// clang-format off
 template <>
 struct Wgmma16<__nv_bfloat16, true, true> {
-  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 4, "m64n8k16.f32.bf16.bf16", 4, 5, 6,
-                             ", 1, 1, 1, 1") static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT,
-                                                                        32,
-                                                                        "m64n64k16.f32.bf16.bf16",
-                                                                        32, 33, 34, ", 1, 1, 1, 1")
+  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 4, "m64n8k16.f32.bf16.bf16",
+                             4, 5, 6, ", 1, 1, 1, 1")
+  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32.bf16.bf16",
+                             32, 33, 34, ", 1, 1, 1, 1")
+  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 64, "m64n128k16.f32.bf16.bf16",
+                             64, 65, 66, ", 1, 1, 1, 1")
 };
 
 // D = A B^T (+ D): A in registers, B K-major in shared memory.
 template <typename Element>
 struct WgmmaNt;
-// clang-format off
 #define SLA2_WGMMA_NT(Element, type)                                                      \
   template <>                                                                             \
   struct WgmmaNt<Element> {                                                               \
@@ -183,13 +184,6 @@ struct WgmmaNt;
   };
 SLA2_WGMMA_NT(__nv_bfloat16, "bf16.bf16")
 SLA2_WGMMA_NT(__half, "f16.f16")
-// D = A^T B (+ D), bf16: both MN-major in shared memory.
-struct WgmmaTn {
-  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 32, "m64n64k16.f32.bf16.bf16",
-                             32, 33, 34, ", 1, 1, 1, 1")
-  static SLA2_WGMMA_SHARED_A(mma, float, SLA2_KIND_FLOAT, 64, "m64n128k16.f32.bf16.bf16",
-                             64, 65, 66, ", 1, 1, 1, 1")
-};
 // clang-format on
 #undef SLA2_WGMMA_NT
 
