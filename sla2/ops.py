@@ -1,15 +1,15 @@
 """SLA2 as PyTorch operators, `torch.ops.sla2.*`: routing and the hard forward pass.
 
-`sla2.ops_bwd` has their gradients and `sla2.ops_soft` stage 1. This module and `ops_bwd` are the
-only callers of the compiled module `_C`.
+`sla2.ops_bwd` has their gradients and `sla2.ops_soft` stage 1. These three are the only callers of
+the compiled module `_C`.
 
 Each operator is functional: it writes no input, its outputs are new contiguous tensors, and its
 fake gives their shapes from symbolic sizes, so `torch.compile`, CUDA graphs, selective
 checkpointing and export see one opaque node. q, k, v, the output and their gradients are in
 `layout`, "BNHD" or "BHND".
 
-Devices: the CPU runs `sla2.blockwise`, CUDA the kernels; of the soft mode its small router tensors
-are PyTorch's on either.
+Devices: the CPU runs `sla2.blockwise`, CUDA the kernels; of the soft mode block means and router
+scores are PyTorch's on either.
 
 The kernels read 16 bytes at a time. A CUDA tensor whose address, or batch, token or head stride, is
 not a multiple of 16 bytes is copied first; any other strides, zero included, are used as they are.

@@ -1,10 +1,11 @@
 """Stage 1 as PyTorch operators: attention under the SoftTop-k mask, and its gradients.
 
 `sla2::soft_fwd` and `sla2::soft_bwd`, conventions as in `sla2.ops`. The CPU runs `sla2.blockwise`.
-On CUDA the mask m and its gradient, (B, H, T_m, T_n), come from `sla2.blockwise` too, which does
-not wait for the device there; everything of N tokens is kernels. These attend to the key blocks
-with m >= SOFT_MAP_MIN. Pinned key blocks have the mask 1 and no gradient, so the backward pass need
-not know them.
+On CUDA block means and their products, the scores P_c (B, H, T_m, T_n) and what becomes of their
+gradient, come from `sla2.blockwise` too, which does not wait for the device there; the mask m of
+the scores and everything of N tokens is kernels. These attend to the key blocks with m >=
+SOFT_MAP_MIN. Pinned key blocks have the mask 1 and no gradient, so the backward pass need not know
+them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .autograd import Grads, keep_needed, no_second_order
 from .checks import check_pinned_range, num_k_blocks, num_q_blocks
 from .constants import BLOCK_K, BLOCK_Q
 from .ops import (
+    _DTYPES,
     _attn_fwd_cuda,
+    _extension,
     bnhd,
     check_device,
     empty_grads,
@@ -35,6 +38,48 @@ from .ops_bwd import _attn_bwd_cuda
 def _new_mask(q: Tensor, layout: str) -> Tensor:
     b, n, h, _ = sizes(q, layout)
     return q.new_empty((b, h, num_q_blocks(n), num_k_blocks(n)), dtype=lse_dtype(q))
+
+
+def _shape(q: Tensor, layout: str) -> tuple[int, int, int, int, int]:
+    return *sizes(q, layout), _DTYPES[q.dtype]
+
+
+def _soft_top_k_cuda_(
+    scores: Tensor,
+    shape: tuple[int, ...],
+    pinned_kv: Tensor | None,
+    num_kv_blocks: int,
+    tau: float,
+) -> None:
+    """`blockwise.router.soft_top_k` in place: (B, H, T_m, T_n) contiguous float32 P_c become m."""
+    with torch.cuda.device(scores.device):
+        if pinned_kv is not None:
+            pinned_kv = pinned_kv.to(torch.int32).contiguous()
+        _extension().soft_map(
+            shape=shape,
+            tau=tau,
+            scores=scores.data_ptr(),
+            pinned_kv=0 if pinned_kv is None else pinned_kv.data_ptr(),
+            num_pinned=0 if pinned_kv is None else pinned_kv.shape[0],
+            num_kv_blocks=num_kv_blocks,
+            soft_map=scores.data_ptr(),
+            stream=torch.cuda.current_stream(scores.device).cuda_stream,
+        )
+
+
+def _soft_top_k_bwd_cuda_(
+    grad_log: Tensor, mask: Tensor, shape: tuple[int, ...], tau: float
+) -> None:
+    """The gradient of log m, contiguous float32 like the mask, becomes that of P_c."""
+    with torch.cuda.device(mask.device):
+        _extension().soft_map_bwd(
+            shape=shape,
+            tau=tau,
+            soft_map=mask.data_ptr(),
+            grad_log_map=grad_log.data_ptr(),
+            grad_scores=grad_log.data_ptr(),
+            stream=torch.cuda.current_stream(mask.device).cuda_stream,
+        )
 
 
 def _soft_fwd(
@@ -61,16 +106,10 @@ def _soft_fwd(
     # torch.matmul picks its algorithm by requires_grad; eager and compiled should agree.
     projs = proj_q.detach(), proj_k.detach()
     if q.device.type == "cuda":
-        mask = blockwise.soft_map(
-            bnhd(q, layout),
-            bnhd(k, layout),
-            *projs,
-            pinned_kv,
-            num_kv_blocks,
-            tau=tau,
-            router_score=router_score,
-            smooth_k=smooth_k,
+        mask = blockwise.soft_scores(
+            bnhd(q, layout), bnhd(k, layout), *projs, router_score=router_score, smooth_k=smooth_k
         )
+        _soft_top_k_cuda_(mask, _shape(q, layout), pinned_kv, num_kv_blocks, tau)
         fwd = _attn_fwd_cuda(
             q, k, v, None, None, alpha_logit, None, scale, "none", "both", smooth_k, phi_input,
             layout, True, mask,
@@ -122,14 +161,13 @@ def _soft_bwd(
             grad_out, q, k, v, out_sparse, lse, None, None, alpha_logit, scale, "both", smooth_k,
             phi_input, layout, mask,
         )  # fmt: skip
-        *grad_projs, dq_block, dk_block = blockwise.soft_map_backward(
+        _soft_top_k_bwd_cuda_(grad_log, mask.contiguous(), _shape(q, layout), tau)
+        *grad_projs, dq_block, dk_block = blockwise.soft_scores_backward(
             bnhd(q, layout),
             bnhd(k, layout),
             proj_q.detach(),
             proj_k.detach(),
-            mask,
             grad_log,
-            tau=tau,
             router_score=router_score,
             smooth_k=smooth_k,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from blockwise_cases import RAGGED, assert_close, generator, make_qkv
 from package_tools import REPOSITORY
 from torch import Tensor
 
-from sla2 import reference
-from sla2.blockwise import add_to_blocks_, soft_map, soft_map_backward
+from sla2 import ops_soft, reference
+from sla2.blockwise import add_to_blocks_, soft_map, soft_map_backward, soft_scores
 from sla2.blockwise import layout as blockwise_layout
 from sla2.blockwise.router import pooled, soft_top_k
 from sla2.constants import BLOCK_K, BLOCK_Q, SOFT_MAP_MIN
@@ -114,6 +116,48 @@ def test_map_and_gradient(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
     for actual, exact in zip((*grads, *grad_projs), wanted, strict=True):
         error = (actual - exact).abs().max().item()
         assert error <= 1e-9 * max(1.0, exact.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["raw", "scaled", "softmax"])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_scores_are_contiguous(kind: str, heads_first: bool) -> None:
+    """The kernel writes its map in their place."""
+    q, k, _ = make_qkv((2, 300, 3, 64), torch.bfloat16)
+    if heads_first:
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    for projs in (make_projs(None), make_projs(3)):
+        scores = soft_scores(q, k, *projs, router_score=kind, smooth_k=True)
+        assert scores.shape == (2, 3, 3, 5) and scores.dtype == torch.float32
+        assert scores.is_contiguous()
+        exact = reference_scores(q.double(), k.double(), projs, kind, True)
+        assert_close(scores, exact, 1e-5)
+
+
+def test_arguments_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reaches the compiled module: in place, int32 pins, the stream."""
+    extension = mock.Mock()
+    monkeypatch.setattr(ops_soft, "_extension", lambda: extension)
+    monkeypatch.setattr(torch.cuda, "device", mock.MagicMock())
+    stream = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    q = torch.zeros(2, 3, 300, 64, dtype=torch.float16)
+    shape = ops_soft._shape(q, "BHND")
+    assert shape == (2, 300, 3, 64, 1)
+    m, grad = torch.zeros(2, 2, 3, 3, 5)
+    common = {"shape": shape, "tau": 0.2, "stream": 77, "soft_map": m.data_ptr()}
+
+    ops_soft._soft_top_k_cuda_(m, shape, None, 2, 0.2)
+    no_pins = {"pinned_kv": 0, "num_pinned": 0}
+    given = {**common, **no_pins, "scores": m.data_ptr(), "num_kv_blocks": 2}
+    extension.soft_map.assert_called_once_with(**given)
+    pinned = torch.tensor([4, 1], dtype=torch.int32)
+    ops_soft._soft_top_k_cuda_(m, shape, pinned, 2, 0.2)
+    given.update(pinned_kv=pinned.data_ptr(), num_pinned=2)
+    extension.soft_map.assert_called_with(**given)
+
+    ops_soft._soft_top_k_bwd_cuda_(grad, m, shape, 0.2)
+    both = dict.fromkeys(("grad_log_map", "grad_scores"), grad.data_ptr())
+    extension.soft_map_bwd.assert_called_once_with(**common, **both)
 
 
 # ---- the threshold ------------------------------------------------------------------------------

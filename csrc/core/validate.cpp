@@ -29,16 +29,21 @@ void validate_tensor(const sla2_tensor& tensor, const char* name, const sla2_sha
   check(tensor.stride_head, shape.num_heads, "head");
 }
 
+// K and the pinned blocks of a router or of a soft map; prefix: "router." or "".
+template <typename Choice>
+void validate_kept_blocks(const Choice& choice, const char* prefix, int num_k_blocks) {
+  require(choice.num_kv_blocks >= 1 && choice.num_kv_blocks <= num_k_blocks, prefix,
+          "num_kv_blocks is ", choice.num_kv_blocks, ": allowed are 1 to T_n = ", num_k_blocks);
+  require(choice.num_pinned >= 0 && choice.num_pinned <= choice.num_kv_blocks, prefix,
+          "num_pinned is ", choice.num_pinned,
+          ": allowed are 0 to num_kv_blocks = ", choice.num_kv_blocks);
+  require(choice.num_pinned == 0 || choice.pinned_kv != nullptr, prefix,
+          "pinned_kv is null with num_pinned ", choice.num_pinned);
+}
+
 void validate_router(const sla2_router& router, int num_k_blocks) {
   require(router.proj_q != nullptr && router.proj_k != nullptr, "router.proj_q or proj_k is null");
-  require(router.num_kv_blocks >= 1 && router.num_kv_blocks <= num_k_blocks,
-          "router.num_kv_blocks is ", router.num_kv_blocks,
-          ": allowed are 1 to T_n = ", num_k_blocks);
-  require(router.num_pinned >= 0 && router.num_pinned <= router.num_kv_blocks,
-          "router.num_pinned is ", router.num_pinned,
-          ": allowed are 0 to num_kv_blocks = ", router.num_kv_blocks);
-  require(router.num_pinned == 0 || router.pinned_kv != nullptr,
-          "router.pinned_kv is null with num_pinned ", router.num_pinned);
+  validate_kept_blocks(router, "router.", num_k_blocks);
 }
 
 void validate_lists(const sla2_block_lists& lists, int num_k_blocks) {
@@ -49,12 +54,14 @@ void validate_lists(const sla2_block_lists& lists, int num_k_blocks) {
 }
 
 template <typename Params>
-void validate_soft_map(const Params& params) {
+void validate_given_map(const Params& params) {
   require(params.branch == SLA2_BRANCH_BOTH, "branch is ", params.branch,
           " with a soft_map: it is for both branches");
   require(params.path != SLA2_PATH_SM90,
           "path is SLA2_PATH_SM90 with a soft_map: its kernels are portable");
 }
+
+void validate_tau(double tau) { require(tau > 0.0, "tau is ", tau, ": it must be positive"); }
 
 void validate_choice(int value, int last, const char* name) {
   require(value >= 0 && value <= last, name, " is ", value, ": allowed are 0 to ", last);
@@ -112,7 +119,7 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
   if (params.out_sparse.data != nullptr)
     validate_tensor(params.out_sparse, "out_sparse", params.shape);
   if (params.soft_map != nullptr) {
-    validate_soft_map(params);
+    validate_given_map(params);
     require(params.quant == SLA2_QUANT_NONE, "quant is ", params.quant,
             " with a soft_map: it must be SLA2_QUANT_NONE");
     require(params.router.proj_q == nullptr, "router.proj_q is not null with a soft_map");
@@ -149,7 +156,7 @@ void validate_attn_bwd(const sla2_attn_bwd_params& params) {
     require(params.lse != nullptr, "lse is null");
   }
   if (params.soft_map != nullptr) {
-    validate_soft_map(params);
+    validate_given_map(params);
     require(params.grad_log_map != nullptr, "grad_log_map is null with a soft_map");
   } else {
     validate_lists(params.lists, shape.num_k_blocks);
@@ -158,6 +165,26 @@ void validate_attn_bwd(const sla2_attn_bwd_params& params) {
           "alpha_logit is null with both branches");
   require(params.branch != SLA2_BRANCH_BOTH || params.grad_alpha_logit != nullptr,
           "grad_alpha_logit is null with both branches");
+}
+
+void validate_soft_map(const sla2_soft_map_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  validate_tau(params.tau);
+  if (shape.num_bh == 0 || shape.seqlen == 0) return;
+  validate_kept_blocks(params, "", shape.num_k_blocks);
+  require(params.scores != nullptr, "scores is null");
+  require(params.soft_map != nullptr, "soft_map is null");
+}
+
+void validate_soft_map_bwd(const sla2_soft_map_bwd_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  validate_tau(params.tau);
+  if (shape.num_bh == 0 || shape.seqlen == 0) return;
+  require(params.soft_map != nullptr, "soft_map is null");
+  require(params.grad_log_map != nullptr, "grad_log_map is null");
+  require(params.grad_scores != nullptr, "grad_scores is null");
 }
 
 }  // namespace sla2

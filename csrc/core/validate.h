@@ -18,5 +18,7 @@ Shape validate_shape(const sla2_shape& shape);
 void validate_route(const sla2_route_params& params);
 void validate_attn_fwd(const sla2_attn_fwd_params& params);
 void validate_attn_bwd(const sla2_attn_bwd_params& params);
+void validate_soft_map(const sla2_soft_map_params& params);
+void validate_soft_map_bwd(const sla2_soft_map_bwd_params& params);
 
 }  // namespace sla2

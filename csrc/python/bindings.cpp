@@ -94,16 +94,22 @@ Params make_params(const ShapeTuple& shape) {
   return params;
 }
 
+// Runs without the interpreter's lock; params name the stream.
 template <typename Params>
-void enqueue(sla2_status (*call)(const Params*), Params& params, const WorkspaceTuple& workspace,
-             Pointer stream) {
+void call(sla2_status (*function)(const Params*), const Params& params) {
+  py::gil_scoped_release release;
+  const sla2_status status = function(&params);
+  py::gil_scoped_acquire acquire;
+  check(status);
+}
+
+template <typename Params>
+void enqueue(sla2_status (*function)(const Params*), Params& params,
+             const WorkspaceTuple& workspace, Pointer stream) {
   params.workspace = pointer<void>(std::get<0>(workspace));
   params.workspace_bytes = std::get<1>(workspace);
   params.stream = pointer<CUstream_st>(stream);
-  py::gil_scoped_release release;
-  const sla2_status status = call(&params);
-  py::gil_scoped_acquire acquire;
-  check(status);
+  call(function, params);
 }
 
 // For optional inputs of which only the presence counts.
@@ -203,6 +209,30 @@ void route(const ShapeTuple& shape, int path, bool smooth_k, const TensorTuple& 
   enqueue(sla2_route, params, workspace, stream);
 }
 
+void soft_map(const ShapeTuple& shape, double tau, Pointer scores, Pointer pinned_kv,
+              int num_pinned, int num_kv_blocks, Pointer soft_map, Pointer stream) {
+  auto params = make_params<sla2_soft_map_params>(shape);
+  params.scores = pointer<const float>(scores);
+  params.tau = tau;
+  params.pinned_kv = pointer<const int32_t>(pinned_kv);
+  params.num_pinned = num_pinned;
+  params.num_kv_blocks = num_kv_blocks;
+  params.soft_map = pointer<float>(soft_map);
+  params.stream = pointer<CUstream_st>(stream);
+  call(sla2_soft_map, params);
+}
+
+void soft_map_bwd(const ShapeTuple& shape, double tau, Pointer soft_map, Pointer grad_log_map,
+                  Pointer grad_scores, Pointer stream) {
+  auto params = make_params<sla2_soft_map_bwd_params>(shape);
+  params.soft_map = pointer<const float>(soft_map);
+  params.grad_log_map = pointer<const float>(grad_log_map);
+  params.tau = tau;
+  params.grad_scores = pointer<float>(grad_scores);
+  params.stream = pointer<CUstream_st>(stream);
+  call(sla2_soft_map_bwd, params);
+}
+
 std::optional<std::string> supported(int device, int dtype, int head_dim, int quant, int path) {
   if (sla2_supported(device, dtype, head_dim, quant, path) == SLA2_OK) return std::nullopt;
   return sla2_last_error();
@@ -217,7 +247,8 @@ int runtime_version() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "Raw-pointer interface to libsla2 for sla2.ops and sla2.ops_bwd.";
+  m.doc() =
+      "Raw-pointer interface to libsla2; sla2.ops, ops_bwd and ops_soft are its only callers.";
   m.def("attn_fwd", &attn_fwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"),
         py::arg("k"), py::arg("v"), py::arg("out"), py::arg("out_sparse"), py::arg("lse"),
         py::arg("alpha"), py::arg("router"), py::arg("lists"), py::arg("soft_map") = 0,
@@ -237,6 +268,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("workspace"), py::arg("stream"));
   m.def("route_workspace", &route_workspace, py::kw_only(), py::arg("shape"), py::arg("path"),
         py::arg("max_kv_blocks"));
+  m.def("soft_map", &soft_map, py::kw_only(), py::arg("shape"), py::arg("tau"), py::arg("scores"),
+        py::arg("pinned_kv"), py::arg("num_pinned"), py::arg("num_kv_blocks"), py::arg("soft_map"),
+        py::arg("stream"));
+  m.def("soft_map_bwd", &soft_map_bwd, py::kw_only(), py::arg("shape"), py::arg("tau"),
+        py::arg("soft_map"), py::arg("grad_log_map"), py::arg("grad_scores"), py::arg("stream"));
   m.def("supported", &supported, py::arg("device"), py::arg("dtype"), py::arg("head_dim"),
         py::arg("quant"), py::arg("path"),
         "None, or every reason why the combination cannot run on the device.");

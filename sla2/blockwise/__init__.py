@@ -13,7 +13,14 @@ explicit functions, which `sla2.ops` registers.
 
 from .backward import attn_bwd
 from .forward import attn_fwd
-from .router import add_to_blocks_, route, soft_map, soft_map_backward
+from .router import (
+    add_to_blocks_,
+    route,
+    soft_map,
+    soft_map_backward,
+    soft_scores,
+    soft_scores_backward,
+)
 from .soft import soft_bwd, soft_fwd
 
 __all__ = [
@@ -25,4 +32,6 @@ __all__ = [
     "soft_fwd",
     "soft_map",
     "soft_map_backward",
+    "soft_scores",
+    "soft_scores_backward",
 ]

@@ -99,28 +99,11 @@ def route(
 # ---- SoftTop-k --------------------------------------------------------------------------------
 
 
-def soft_scores(table: Tensor, kind: str, head_dim: int) -> Tensor:
-    """P_c of a `router_score` kind from the unscaled scores: "raw", "scaled" or "softmax"."""
-    if kind == "raw":
-        return table
-    table = table / math.sqrt(head_dim)
-    return table.softmax(-1) if kind == "softmax" else table
-
-
-def soft_scores_backward(grad: Tensor, p_c: Tensor, kind: str, head_dim: int) -> Tensor:
-    """Gradient of the unscaled scores from that of P_c."""
-    if kind == "raw":
-        return grad
-    if kind == "softmax":
-        grad = p_c * (grad - (grad * p_c).sum(-1, keepdim=True))
-    return grad / math.sqrt(head_dim)
-
-
 def soft_top_k(p_c: Tensor, k: int, tau: float, pinned: Tensor | None) -> Tensor:
     """m = sigmoid(P_c / tau + lambda) with sum_j m_j = k per row (eq. 14-15); P_c (..., T_n).
 
     lambda by bisection, in float64: float32 sums of many small m would stall it. Pinned blocks have
-    m = 1 and count toward k; indices out of range are ignored. Does not wait for the device.
+    m = 1 and count toward k; indices out of range are ignored.
     """
     x = p_c.double() / tau
     blocks = x.shape[-1]
@@ -177,6 +160,69 @@ def pooled(x: Tensor, block: int, *, centre: bool) -> Tensor:
 
 
 @plain_math
+def soft_scores(
+    q: Tensor, k: Tensor, proj_q: Tensor, proj_k: Tensor, *, router_score: str, smooth_k: bool
+) -> Tensor:
+    """P_c (B, H, T_m, T_n) of q, k (B, N, H, D), contiguous, in the compute type."""
+    _, _, a, c = _projected(q, k, proj_q, proj_k, router_score, smooth_k)
+    p_c = a @ c.mT
+    return p_c.softmax(-1) if router_score == "softmax" else p_c
+
+
+@plain_math
+def soft_scores_backward(
+    q: Tensor,
+    k: Tensor,
+    proj_q: Tensor,
+    proj_k: Tensor,
+    grad: Tensor,
+    *,
+    router_score: str,
+    smooth_k: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of P_c through `soft_scores`.
+
+    Returns the gradients of the projections, summed over what shares them, and those that each
+    token of a block gets in q, (B, H, T_m, D), and in k, (B, H, T_n, D): see `add_to_blocks_`.
+    """
+    tokens = q.shape[1]
+    q_bar, k_bar, a, c = _projected(q, k, proj_q, proj_k, router_score, smooth_k)
+    if router_score == "softmax":
+        p_c = (a @ c.mT).softmax(-1)
+        grad = p_c * (grad - (grad * p_c).sum(-1, keepdim=True))
+    da, dc = (grad @ c) * _score_scale(router_score, q.shape[3]), grad.mT @ a
+    projs = ((q_bar.mT @ da).sum(0), (k_bar.mT @ dc).sum(0))
+    if proj_q.dim() == 2:
+        projs = (projs[0].sum(0), projs[1].sum(0))
+    w_q, w_k = _head_projs(q, proj_q, proj_k)
+    dq_bar, dk_bar = da @ w_q.mT, dc @ w_k.mT
+    dq = dq_bar / block_lengths(tokens, BLOCK_Q, q.device)
+    dk = dk_bar / block_lengths(tokens, BLOCK_K, q.device)
+    if smooth_k:  # the mean over the tokens of what each of them gets
+        dk -= dk_bar.sum(2, keepdim=True) / tokens
+    return *projs, dq, dk
+
+
+def _score_scale(router_score: str, head_dim: int) -> float:
+    return 1.0 if router_score == "raw" else head_dim**-0.5
+
+
+def _head_projs(q: Tensor, proj_q: Tensor, proj_k: Tensor) -> tuple[Tensor, Tensor]:
+    heads, dtype = slice(0, q.shape[2]), compute_dtype(q)
+    return head_proj(proj_q, heads, dtype), head_proj(proj_k, heads, dtype)
+
+
+def _projected(
+    q: Tensor, k: Tensor, proj_q: Tensor, proj_k: Tensor, router_score: str, smooth_k: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Q_bar, K_bar, Q_bar W_q with the scores' scale, and K_bar W_k: (B, H, T, D) each."""
+    q_bar = pooled(q, BLOCK_Q, centre=False)
+    k_bar = pooled(k, BLOCK_K, centre=smooth_k)
+    w_q, w_k = _head_projs(q, proj_q, proj_k)
+    return q_bar, k_bar, (q_bar @ w_q) * _score_scale(router_score, q.shape[3]), k_bar @ w_k
+
+
+@plain_math
 def soft_map(
     q: Tensor,
     k: Tensor,
@@ -191,16 +237,11 @@ def soft_map(
 ) -> Tensor:
     """The SoftTop-k mask m (B, H, T_m, T_n) of q, k (B, N, H, D), in the compute type.
 
-    Does not wait for the device. Besides m some float64 tensors exist of a few rows at a time.
+    Besides m some float64 tensors exist of a few rows at a time.
     """
-    dtype = compute_dtype(q)
-    q_bar = pooled(q, BLOCK_Q, centre=False)
-    k_bar = pooled(k, BLOCK_K, centre=smooth_k)
-    heads = slice(0, q.shape[2])
-    table = scores(q_bar, k_bar, head_proj(proj_q, heads, dtype), head_proj(proj_k, heads, dtype))
+    table = soft_scores(q, k, proj_q, proj_k, router_score=router_score, smooth_k=smooth_k)
     for rows in _row_chunks(table):
-        p_c = soft_scores(rows, router_score, q.shape[3])
-        rows.copy_(soft_top_k(p_c, num_kv_blocks, tau, pinned_kv))
+        rows.copy_(soft_top_k(rows, num_kv_blocks, tau, pinned_kv))
     return table
 
 
@@ -220,29 +261,13 @@ def soft_map_backward(
     """From dL/d(log m) through `soft_map`: exact, as lambda moves with the scores.
 
     grad_log: like mask; overwritten. Pinned blocks need no argument: their m is 1, where m (1 - m)
-    vanishes. Returns the gradients of the projections, summed over what shares them, and those that
-    each token of a block gets in q, (B, H, T_m, D), and in k, (B, H, T_n, D): see `add_to_blocks_`.
+    vanishes. Returns what `soft_scores_backward` does.
     """
-    dtype, (_, tokens, heads, dim) = compute_dtype(q), q.shape
-    q_bar = pooled(q, BLOCK_Q, centre=False)
-    k_bar = pooled(k, BLOCK_K, centre=smooth_k)
-    w_q, w_k = (head_proj(proj, slice(0, heads), dtype) for proj in (proj_q, proj_k))
-    a, c = q_bar @ w_q, k_bar @ w_k
-    table = a @ c.mT
-    for m, grad, rows in zip(*map(_row_chunks, (mask, grad_log, table)), strict=True):
-        p_c = soft_scores(rows, router_score, dim)
-        grad_p = soft_top_k_backward(m, grad, tau)
-        grad.copy_(soft_scores_backward(grad_p, p_c, router_score, dim))
-    da, dc = grad_log @ c, grad_log.mT @ a
-    projs = ((q_bar.mT @ da).sum(0), (k_bar.mT @ dc).sum(0))
-    if proj_q.dim() == 2:
-        projs = (projs[0].sum(0), projs[1].sum(0))
-    dq_bar, dk_bar = da @ w_q.mT, dc @ w_k.mT
-    dq = dq_bar / block_lengths(tokens, BLOCK_Q, q.device)
-    dk = dk_bar / block_lengths(tokens, BLOCK_K, q.device)
-    if smooth_k:  # the mean over the tokens of what each of them gets
-        dk -= dk_bar.sum(2, keepdim=True) / tokens
-    return *projs, dq, dk
+    for m, grad in zip(_row_chunks(mask), _row_chunks(grad_log), strict=True):
+        grad.copy_(soft_top_k_backward(m, grad, tau))
+    return soft_scores_backward(
+        q, k, proj_q, proj_k, grad_log, router_score=router_score, smooth_k=smooth_k
+    )
 
 
 def _row_chunks(x: Tensor) -> tuple[Tensor, ...]:

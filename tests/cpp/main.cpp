@@ -93,6 +93,26 @@ void test_validation() {
   params = make_params();
   expect(sla2_attn_fwd(&params) == SLA2_INVALID_ARGUMENT, "null tensors are refused");
   expect(check_from_c() == 0, "the same from C");
+
+  sla2_soft_map_params map = {};
+  map.size = sizeof(map);
+  map.shape = params.shape;
+  expect(sla2_soft_map(&map) == SLA2_INVALID_ARGUMENT, "a temperature of zero is refused");
+  expect(std::strstr(sla2_last_error(), "tau") != nullptr, "the message names it");
+  map.tau = 0.1;
+  map.num_kv_blocks = kNumKvBlocks + 1;
+  expect(sla2_soft_map(&map) == SLA2_INVALID_ARGUMENT, "more key blocks than there are");
+  map.num_kv_blocks = kNumKvBlocks;
+  expect(sla2_soft_map(&map) == SLA2_INVALID_ARGUMENT, "null scores are refused");
+  expect(std::strstr(sla2_last_error(), "scores") != nullptr, "the message names the scores");
+
+  sla2_soft_map_bwd_params grad = {};
+  grad.size = sizeof(grad);
+  grad.shape = params.shape;
+  grad.tau = 0.1;
+  expect(sla2_soft_map_bwd(&grad) == SLA2_INVALID_ARGUMENT, "a null map is refused");
+  grad.shape.seqlen = 0;
+  expect(sla2_soft_map_bwd(&grad) == SLA2_OK, "an empty problem needs nothing");
 }
 
 std::vector<__half> random_tensor(std::mt19937* generator) {

@@ -177,6 +177,32 @@ typedef struct sla2_attn_bwd_params {
   cudaStream_t stream;
 } sla2_attn_bwd_params;
 
+// Stage 1's map of scores (method: SoftTop-k): m = sigmoid(scores / tau + lambda), per query block
+// the lambda that makes the m of its row sum to num_kv_blocks. Pinned key blocks have m = 1 and
+// count toward the sum. NaN or infinity in a row makes all of it NaN but its pinned blocks.
+typedef struct sla2_soft_map_params {
+  size_t size;
+  sla2_shape shape;          // head_dim and dtype do not matter, but must be allowed ones
+  const float* scores;       // [B, H, T_m, T_n], such as sla2_route writes
+  double tau;                // temperature in units of the scores: for P_c / sqrt(D) times sqrt(D)
+  const int32_t* pinned_kv;  // [num_pinned] key blocks, optional; those out of range do not count
+  int32_t num_pinned;        // <= num_kv_blocks
+  int32_t num_kv_blocks;     // K, 1..T_n; T_n makes every m 1
+  float* soft_map;           // [B, H, T_m, T_n] output, may be scores itself
+  cudaStream_t stream;
+} sla2_soft_map_params;
+
+// Its gradient: with that of log m, which sla2_attn_bwd writes, that of the scores.
+typedef struct sla2_soft_map_bwd_params {
+  size_t size;
+  sla2_shape shape;           // as above
+  const float* soft_map;      // [B, H, T_m, T_n] as sla2_soft_map wrote it
+  const float* grad_log_map;  // [B, H, T_m, T_n]
+  double tau;
+  float* grad_scores;  // [B, H, T_m, T_n] output, may be grad_log_map itself
+  cudaStream_t stream;
+} sla2_soft_map_bwd_params;
+
 // Bytes of device memory an operation needs besides its inputs and outputs; a function of shapes,
 // options and the kind of the present device alone.
 SLA2_API sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes);
@@ -186,6 +212,9 @@ SLA2_API sla2_status sla2_attn_bwd_workspace(const sla2_attn_bwd_params* params,
 SLA2_API sla2_status sla2_route(const sla2_route_params* params);
 SLA2_API sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params);
 SLA2_API sla2_status sla2_attn_bwd(const sla2_attn_bwd_params* params);
+// These two need no workspace.
+SLA2_API sla2_status sla2_soft_map(const sla2_soft_map_params* params);
+SLA2_API sla2_status sla2_soft_map_bwd(const sla2_soft_map_bwd_params* params);
 
 // The present device's answer to "would sla2_attn_fwd run?": SLA2_OK, or SLA2_UNSUPPORTED with
 // every reason in sla2_last_error().

@@ -1,5 +1,6 @@
-// Arguments of every kernel launcher: plain structs filled by core/forward.cpp and
-// core/backward.cpp. A launcher enqueues on `stream` and returns the launch error.
+// Arguments of every kernel launcher: plain structs filled by core/forward.cpp,
+// core/backward.cpp and core/soft_map.cpp. A launcher enqueues on `stream` and returns the launch
+// error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -86,6 +87,30 @@ struct CompactParams {
   int max_kv_blocks;
   uint16_t* lut;
   int* counts;
+  cudaStream_t stream;
+};
+
+// SoftTop-k of every row of scores: m = sigmoid(scores / tau + lambda), lambda such that the row
+// sums to K; pinned blocks have m = 1 and count toward it. The map may take the place of the
+// scores.
+struct SoftTopKParams {
+  Shape shape;
+  const float* scores;   // [BH, T_m, T_n]
+  const int* pinned_kv;  // [num_pinned]
+  int num_pinned;
+  int num_kv_blocks;  // K
+  double tau;
+  float* map;  // [BH, T_m, T_n]
+  cudaStream_t stream;
+};
+
+// The gradient of the scores of SoftTop-k from that of log m, whose place it may take.
+struct SoftTopKBwdParams {
+  Shape shape;
+  const float* map;           // [BH, T_m, T_n] m
+  const float* grad_log_map;  // [BH, T_m, T_n]
+  double tau;
+  float* grad_scores;  // [BH, T_m, T_n]
   cudaStream_t stream;
 };
 
@@ -355,6 +380,8 @@ cudaError_t launch_project(const ProjectParams&, int head_dim);
 cudaError_t launch_score(const SelectParams&, int head_dim);
 cudaError_t launch_select(const SelectParams&);
 cudaError_t launch_compact(const CompactParams&);
+cudaError_t launch_soft_top_k(const SoftTopKParams&);
+cudaError_t launch_soft_top_k_bwd(const SoftTopKBwdParams&);
 cudaError_t launch_soft_lists(const SoftListParams&);
 cudaError_t launch_linear_state(const StateParams&, int dtype, int head_dim);
 cudaError_t launch_complement_mask(const ComplementParams&);
