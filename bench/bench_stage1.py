@@ -1,6 +1,6 @@
 """One step of stage 1, SLA2 in soft mode forward and backward, beside dense attention's.
 
-    python bench/bench_stage1.py                          # both of Wan2.1's sizes, 5 % of the blocks
+    python bench/bench_stage1.py                       # both of Wan2.1's sizes, 5 % of the blocks
     python bench/bench_stage1.py --size 1.3b --output bench/results
     python bench/bench_stage1.py --size tiny --device cpu
 
@@ -28,6 +28,7 @@ from torch import Tensor
 import sla2
 from sla2.cli.bench import make_problem
 from sla2.cli.bench_peers import SDPA_BACKENDS, PeerUnavailable, sdpa, with_backward
+from sla2.cli.bench_results import STAGE1, STAGE1_DENSE, STAGE1_GRADIENTS, STAGE1_INPUTS
 from sla2.cli.bench_timing import peak_extra_bytes, time_call
 from sla2.cli.bench_work import Shape
 from sla2.cli.clip import load_clip
@@ -37,7 +38,6 @@ from sla2.cli.files import output_folder, write_json
 from sla2.cli.tokens import PATCH, Qkv, embed, pixel_frames
 from sla2.constants import SOFT_MAP_MIN
 
-OP = "stage1_step"
 PEER_BUDGET_S = 3.0
 
 
@@ -59,8 +59,6 @@ SIZES = {
     "14b": Size(40, 128, (21, 45, 80)),
     "tiny": Size(2, 64, (3, 8, 12)),
 }
-INPUTS = ("clip", "gaussian")
-GRADIENTS = ("router", "all")
 Row = dict[str, Any]
 
 
@@ -96,14 +94,14 @@ def time_size(name: str, options: argparse.Namespace, device: torch.device) -> I
                 print(f"not run: {error}", file=sys.stderr)
                 continue
             row = measure(call, size, dtype, options, device, PEER_BUDGET_S)
-            row |= {"op": f"{peer}_fwd_bwd", "inputs": kind, "gradients": "all", "kept": 1.0}
+            row |= {"op": STAGE1_DENSE, "inputs": kind, "gradients": "all", "kept": 1.0}
             peers[peer] = row["ms_median"]
             yield {**row, "path": peer, "listed": 1.0, "peers": {}}
         listed = listed_share(layer, qkv)
         for gradients in options.gradients:
             call = soft_step(layer, qkv, everything=gradients == "all")
             row = measure(call, size, dtype, options, device, None)
-            row |= {"op": OP, "inputs": kind, "gradients": gradients, "kept": options.topk}
+            row |= {"op": STAGE1, "inputs": kind, "gradients": gradients, "kept": options.topk}
             path = path_in_use(device, "portable", "none", 1, routed=False)
             yield {**row, "path": path, "listed": listed, "peers": peers}
 
@@ -129,7 +127,8 @@ def listed_share(layer: sla2.SLA2Attention, qkv: Qkv) -> float:
         return_aux=True,
     )
     mask: Tensor = result[1].block_map
-    return (mask >= SOFT_MAP_MIN).float().mean().item()
+    listed = int((mask >= SOFT_MAP_MIN).count_nonzero())
+    return listed / mask.numel()  # of all blocks 1: a mean in float32 may round to more
 
 
 def measure(
@@ -142,9 +141,7 @@ def measure(
 ) -> Row:
     call()
     extra = peak_extra_bytes(call, device)
-    timing = time_call(
-        call, device, iters=options.iters, warmup=options.warmup, budget_s=budget_s
-    )
+    timing = time_call(call, device, iters=options.iters, warmup=options.warmup, budget_s=budget_s)
     batch, heads, tokens, head_dim = size.shape
     return {
         **{"B": batch, "H": heads, "N": tokens, "D": head_dim},
@@ -156,6 +153,10 @@ def measure(
         "iterations": timing.iterations,
         "peak_extra_bytes": extra,
     }
+
+
+def step_name(row: Row) -> str:
+    return STAGE1 if row["op"] == STAGE1 else f"{row['path']}_fwd_bwd"
 
 
 def print_table(rows: list[Row]) -> None:
@@ -171,7 +172,7 @@ def print_table(rows: list[Row]) -> None:
         inputs_bytes = 3 * row["B"] * row["H"] * row["N"] * row["D"] * 2
         extra = row["peak_extra_bytes"]
         table.add_row(
-            *(str(row[name]) for name in ("H", "N", "inputs", "op", "gradients")),
+            *(str(row["H"]), str(row["N"]), row["inputs"], step_name(row), row["gradients"]),
             f"{row['listed']:.1%}",
             f"{row['ms_median']:.2f}",
             f"{row['ms_min']:.2f}",
@@ -191,8 +192,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", nargs="+", choices=SIZES, default=["1.3b", "14b"])
     parser.add_argument("--topk", type=float, default=0.05, help="share of key blocks")
-    parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS))
-    parser.add_argument("--gradients", nargs="+", choices=GRADIENTS, default=list(GRADIENTS))
+    parser.add_argument("--inputs", nargs="+", choices=STAGE1_INPUTS, default=list(STAGE1_INPUTS))
+    parser.add_argument(
+        "--gradients", nargs="+", choices=STAGE1_GRADIENTS, default=list(STAGE1_GRADIENTS)
+    )
     parser.add_argument("--iters", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -217,7 +220,7 @@ def run(options: argparse.Namespace) -> None:
         for row in time_size(name, options, device):
             rows.append({**source, **row})
             print(
-                f"{name}, {row['inputs']}, {row['op']}, {row['gradients']}: "
+                f"{name}, {row['inputs']}, {step_name(row)}, {row['gradients']}: "
                 f"{row['ms_median']:.2f} ms, {row['listed']:.1%} listed",
                 flush=True,
             )

@@ -17,8 +17,8 @@ from sla2.cli.bench_page import page
 from sla2.cli.bench_page_plots import Bar, Bars, Lines, digest, digest_in, draw
 
 Row = dict[str, Any]
-NAMES = ("forward", "backward", "stages", "scaling", "end_to_end")
-TITLES = ("Forward", "Backward", "Stages", "Scaling", "End to end")
+NAMES = ("forward", "backward", "stage1", "stages", "scaling", "end_to_end")
+TITLES = ("Forward", "Backward", "Stage 1", "Stages", "Scaling", "End to end")
 
 PROVENANCE = {
     "gpu": "NVIDIA H200", "driver": "580.65", "torch": "2.11.0", "cuda": "13.0",
@@ -56,6 +56,18 @@ def step(**changes: Any) -> Row:
     return {**right, **changes}
 
 
+def stage1(**changes: Any) -> Row:
+    right = row(
+        op="stage1_step", kept=0.05, quant="none", path="portable", inputs="clip",
+        gradients="router", listed=0.34567, iterations=5, ms_median=20.0, ms_min=19.0, ms_max=22.0,
+        peers={"sdpa-flash": 70.0, "sdpa-cudnn": 42.0}, peak_extra_bytes=3 * 12 * 32760 * 128 * 5,
+    )  # fmt: skip
+    return {**right, **changes}
+
+
+DENSE_STAGE1 = stage1(
+    op="stage1_dense", kept=1.0, path="sdpa-flash", gradients="all", listed=1.0, peers={}
+)
 DENSE_STEP = step(attention="dense-flash", kept=1.0, quant="none", path=None, ms_median=2100.0)
 EVERYTHING = {
     "forward": [row(), row(kept=0.05, ms_median=0.8)],
@@ -67,6 +79,7 @@ EVERYTHING = {
         row(op="route", quant="none", ms_median=0.03125, peers={}),
         row(op="complement_linear_attention", quant="none", ms_median=0.125, peers={}),
     ],
+    "stage1": [DENSE_STAGE1, stage1(), stage1(gradients="all"), stage1(inputs="gaussian")],
     "steps": [step(), DENSE_STEP, step(model="14b", profile=None, peak_bytes=None)],
 }
 
@@ -183,6 +196,38 @@ def test_the_stages_of_one_run_stand_beside_its_whole_call(report: Report) -> No
     assert "| 0.031 | 0.125 | 0.250 | 0.500 |" in report.section("Stages")
 
 
+def test_a_step_of_stage_1_has_its_inputs_peers_and_memory(report: Report) -> None:
+    cpu = {"gpu": None, "cuda": None, "driver": None, "cpu": "a processor", "path": "cpu"}
+    rows = [
+        *(stage1(inputs="gaussian", listed=1.0, ms_median=80.0), stage1(gradients="all")),
+        *(stage1(), stage1(**cpu, dtype="float32", peers={}, peak_extra_bytes=None)),
+    ]
+    report.write([DENSE_STAGE1, *rows])
+    section = report.section("Stage 1")
+    run = "[2026-03-01, 0123456](#run-1) | 12 | 32760 | 5 %"
+    model = "| wan1.3b-480p bfloat16 |"
+    call = "20.0 (19.0 to 22.0) | 42.0 (2.10x) | 70.0 (3.50x) | 2.50 |"
+    noise = "80.0 (19.0 to 22.0) | 42.0 (0.53x) | 70.0 (0.88x) | 2.50 |"
+    assert [line for line in section.splitlines() if line.startswith(model)] == [
+        f"{model} clip | router | portable | {run} | 34.6 % | {call}",
+        f"{model} clip | all | portable | {run} | 34.6 % | {call}",
+        f"{model} gaussian | router | portable | {run} | 100.0 % | {noise}",
+    ]
+    assert "**a processor**" in section
+    assert "| clip | router | cpu |" in section and "| 20.0 (19.0 to 22.0) |  |\n" in section
+    for title in ("Forward", "Backward", "Stages", "Scaling"):
+        assert "Not measured" in report.section(title)
+    report.write([*rows[::-1], DENSE_STAGE1])
+    assert report.section("Stage 1") == section
+
+
+def test_dense_attention_of_stage_1_alone_is_no_measurement(report: Report) -> None:
+    report.write([DENSE_STAGE1])
+    section = report.section("Stage 1")
+    assert "Not measured" in section and "python bench/bench_stage1.py" in section
+    assert report.section("Runs").strip() == "None."
+
+
 def test_a_wan_shape_among_the_lengths_stays_in_forward(report: Report) -> None:
     report.write([row(N=n) for n in (8192, 32760, 65536)])
     assert "wan1.3b-480p" in report.section("Forward")
@@ -285,6 +330,14 @@ def without(value: Row, name: str) -> Row:
         ({**PROVENANCE, "cases": [case(whole_ms={})]}, ", case 0 lacks median, min, max"),
         ([step(compile=0)], ", row 0: compile is 0, true or false"),
         ([without(step(), "profile")], ", row 0 lacks profile"),
+        ([stage1(inputs="video")], ", row 0: inputs is 'video', one of clip, gaussian is needed"),
+        ([stage1(gradients=["all"])], ", row 0: gradients is ['all'], one of router, all"),
+        ([stage1(listed=0)], ", row 0: listed is 0, a share in (0, 1]"),
+        ([stage1(), without(stage1(), "listed")], ", row 1 lacks listed"),
+        ([stage1(peers=None)], ", row 0: peers is None, an object of positive milliseconds"),
+        ([stage1(iterations=0)], ", row 0: iterations is 0, a positive integer"),
+        ([stage1(peak_extra_bytes=-1)], ", row 0: peak_extra_bytes is -1, a positive integer or"),
+        ([without(DENSE_STAGE1, "inputs")], ", row 0 lacks inputs"),
         ([step(profile={})], ", row 0, profile lacks self_attention_ms, cross_attention_ms"),
     ],
 )

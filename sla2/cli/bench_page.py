@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from sla2.cli.bench_cells import table
+from sla2.cli.bench_layout import Section
 from sla2.cli.bench_page_plots import digest, digest_in, draw
 from sla2.cli.bench_results import Run, read_results
-from sla2.cli.bench_sections import Section, sections
+from sla2.cli.bench_sections import sections
 from sla2.cli.errors import CliError
 from sla2.cli.files import output_folder
 from sla2.cli.parser import build_parser

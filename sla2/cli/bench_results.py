@@ -1,8 +1,9 @@
 """The measurements of a folder of JSON files, each checked before anything is made of it.
 
 A file is one of: a list of rows (`sla2 bench --output`, `bench/bench_cpu.py`,
-`bench/bench_wan.py`); an object with "cases" (`bench/bench_stages.py`); a report of something other
-than time, which is passed over. Anything else is an error that names the file and the field.
+`bench/bench_stage1.py`, `bench/bench_wan.py`); an object with "cases" (`bench/bench_stages.py`); a
+report of something other than time, which is passed over. Anything else is an error that names the
+file and the field.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ Row = dict[str, Any]
 
 FORWARD, BACKWARD = "sla2_attention", "sla2_attention_fwd_bwd"
 STEP = "wan_step"
+STAGE1, STAGE1_DENSE = "stage1_step", "stage1_dense"
+STAGE1_INPUTS, STAGE1_GRADIENTS = ("clip", "gaussian"), ("router", "all")
 SPARSE, ROUTE, LINEAR = "block_sparse_attention", "route", "complement_linear_attention"
 # Peers have rows of their own, but are shown from the "peers" of the row they were run beside.
 OPERATIONS = {
@@ -55,6 +58,7 @@ class Results(NamedTuple):
     rows: list[Row]
     cases: list[Row]  # kernels of one call
     steps: list[Row]  # denoising steps of a whole model
+    stage1: list[Row]  # steps of stage 1 in one layer
 
 
 # ---- fields -----------------------------------------------------------------------------------
@@ -114,6 +118,12 @@ def _list(value: Any) -> bool:
 
 
 Field = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(names: tuple[str, ...]) -> Field:
+    return (lambda value: value in names), f"one of {', '.join(names)}"
+
+
 TEXT: Field = (_text, "text")
 TEXT_OR_NONE: Field = (_text_or_none, "text or null")
 SIZE: Field = (_size, "a positive integer")
@@ -143,6 +153,11 @@ STEP_ROW = {
     **{"compile": FLAG, **MEDIAN, "profile": OBJECT_OR_NONE, "peak_bytes": SIZE_OR_NONE},
 }
 PROFILE = {"self_attention_ms": NOT_NEGATIVE, "cross_attention_ms": NOT_NEGATIVE}
+STAGE1_ROW = {
+    **ROW,
+    **{"inputs": _one_of(STAGE1_INPUTS), "gradients": _one_of(STAGE1_GRADIENTS)},
+    **{"listed": SHARE, "iterations": SIZE, "peak_extra_bytes": SIZE_OR_NONE},
+}
 
 
 def _check(value: Any, fields: dict[str, Field], where: str) -> None:
@@ -164,7 +179,8 @@ def read_results(folder: Path) -> Results:
     """All measurements of the JSON files directly in `folder`."""
     if not folder.is_dir():
         raise CliError(f"{folder} is no folder of results; give --results FOLDER")
-    results = Results([], [], [])
+    results = Results([], [], [], [])
+    lists = {STEP: results.steps, STAGE1: results.stage1}
     for path in sorted(folder.glob("*.json")):
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -174,7 +190,7 @@ def read_results(folder: Path) -> Results:
             raise CliError(f"{path} is not JSON: {error}") from error
         if isinstance(content, list):
             for row in _rows(content, path):
-                (results.steps if row["op"] == STEP else results.rows).append(row)
+                lists.get(row["op"], results.rows).append(row)
         elif isinstance(content, dict) and "cases" in content and _list(content["cases"]):
             results.cases.extend(_cases(content, path))
         elif not isinstance(content, dict) or not PASSED_OVER.keys() & content.keys():
@@ -189,16 +205,19 @@ def _rows(content: list[Any], path: Path) -> list[Row]:
         if isinstance(row, dict) and "kernel" in row and "op" in row:
             continue  # the kernels.json of sla2 bench --stages: no GPU, commit or date
         where = f"{path}, row {index}"
-        if isinstance(row, dict) and row.get("op") == STEP:
+        op = row.get("op") if isinstance(row, dict) else None
+        if op == STEP:
             _check(row, STEP_ROW, where)
             if row["profile"] is not None:
                 _check(row["profile"], PROFILE, f"{where}, profile")
+        elif op in (STAGE1, STAGE1_DENSE):
+            _check(row, STAGE1_ROW, where)
+        else:
+            _check(row, ROW, where)
+            if op not in OPERATIONS:
+                raise CliError(f"{where}: op is {op!r}, which this page does not know")
+        if op != STAGE1_DENSE:  # the "peers" of a step of stage 1 hold these times
             rows.append({**row, "run": _run(row, path)})
-            continue
-        _check(row, ROW, where)
-        if row["op"] not in OPERATIONS:
-            raise CliError(f"{where}: op is {row['op']!r}, which this page does not know")
-        rows.append({**row, "run": _run(row, path)})
     return rows
 
 

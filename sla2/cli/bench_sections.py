@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from sla2.cli import bench_paper as paper
 from sla2.cli.bench_cells import (
@@ -12,7 +12,6 @@ from sla2.cli.bench_cells import (
     case_label,
     dense_rate,
     group_by,
-    machines,
     median_cell,
     peer_cell,
     percent,
@@ -22,6 +21,8 @@ from sla2.cli.bench_cells import (
     significant,
     table,
 )
+from sla2.cli.bench_end_to_end import end_to_end
+from sla2.cli.bench_layout import Section
 from sla2.cli.bench_page_plots import Bar, Bars, Lines, Panel
 from sla2.cli.bench_results import (
     BACKWARD,
@@ -29,6 +30,8 @@ from sla2.cli.bench_results import (
     LINEAR,
     ROUTE,
     SPARSE,
+    STAGE1_GRADIENTS,
+    STAGE1_INPUTS,
     Results,
     Row,
     Run,
@@ -41,19 +44,10 @@ SERIES = ("B", "H", "D", "dtype", "kept")  # what lengths of one curve have in c
 MIN_LENGTHS = 3  # two lengths make no curve
 PAPER_QUANT = "int8_fp8"  # the precision of the paper's kernel
 FLASH = "sdpa-flash"
-FLASH_STEP = "dense-flash"  # the same kernels, as bench/bench_wan.py names them
-
-
-class Section(NamedTuple):
-    """blocks: paragraphs and tables, none where nothing is measured; make: command to measure."""
-
-    name: str
-    title: str
-    introduction: str
-    make: str
-    paper: list[str]
-    blocks: list[str]
-    panels: list[Panel]
+STAGE1_CASE = (*CASE, "inputs", "gradients")
+FORWARD_ONLY = (
+    "The paper's kernel figures are of the forward pass; there is none to set beside these."
+)
 
 
 def sections(results: Results, cite: Callable[[Run], str]) -> list[Section]:
@@ -61,9 +55,10 @@ def sections(results: Results, cite: Callable[[Run], str]) -> list[Section]:
     return [
         _forward(results, cite),
         _backward(results, cite),
+        _stage1(results, cite),
         _stages(results, cite),
         _scaling(results, cite),
-        _end_to_end(results, cite),
+        end_to_end(results, cite),
     ]
 
 
@@ -197,10 +192,88 @@ def _backward(results: Results, cite: Callable[[Run], str]) -> Section:
         "pays. C/t counts the seven products of full attention forward and backward.",
         "sla2 bench --backward --shape wan1.3b-480p wan14b-720p --topk 0.03 0.05 0.1 "
         "--quant none int8_fp8 --peers --output backward",
-        ["The paper's kernel figures are of the forward pass; there is none to set beside these."],
+        [FORWARD_ONLY],
         blocks,
         _call_panels(rows),
     )
+
+
+# ---- stage 1 ----------------------------------------------------------------------------------
+
+
+def _stage1(results: Results, cite: Callable[[Run], str]) -> Section:
+    def kind(row: Row) -> tuple[int, int]:
+        inputs, gradients = row["inputs"], row["gradients"]
+        return STAGE1_INPUTS.index(inputs), STAGE1_GRADIENTS.index(gradients)
+
+    rows = sorted(newest(results.stage1, STAGE1_CASE), key=kind)
+    blocks = []
+    for machine, own in by_machine(rows):
+        blocks += [f"**{machine}**", _stage1_table(own, cite)]
+    return Section(
+        "stage1",
+        "Stage 1",
+        "One step of stage 1: SLA2 in soft mode forward and backward, with the gradients of the "
+        "projections and alpha (`router`) or those of q, k and v, too (`all`); other attention is "
+        "forward and backward with the gradients of q, k and v. The kernels visit the listed "
+        "blocks, those whose mask is at least 2^-16: `clip` is the demo's video, and `gaussian` "
+        "noise, where nothing is masked, the worst case. `extra / qkv` is the most memory that a "
+        "step holds beyond what was there before it, over that of q, k and v.",
+        "python bench/bench_stage1.py --output stage1",
+        [FORWARD_ONLY],
+        blocks,
+        _stage1_panels(rows),
+    )
+
+
+def _stage1_table(rows: list[Row], cite: Callable[[Run], str]) -> str:
+    peers = sorted({name for row in rows for name in row["peers"]})
+    header = ["shape", "inputs", "gradients", "kernels", "run", "H", "N", "kept", "listed"]
+    cells = [
+        [
+            *(shape_cell(row), row["inputs"], row["gradients"], row["path"], cite(row["run"])),
+            *(str(row["H"]), str(row["N"]), percent(row["kept"]), f"{100 * row['listed']:.1f} %"),
+            median_cell(row),
+            *(peer_cell(row, name) for name in peers),
+            _extra_memory(row),
+        ]
+        for row in rows
+    ]
+    return table([*header, "SLA2 ms", *peers, "extra / qkv"], cells, left=5)
+
+
+def _extra_memory(row: Row) -> str:
+    """Empty for a CPU, where it is not measured."""
+    if row["peak_extra_bytes"] is None:
+        return ""
+    element = 4 if row["dtype"] == "float32" else 2
+    qkv = 3 * element * row["B"] * row["H"] * row["N"] * row["D"]
+    return f"{row['peak_extra_bytes'] / qkv:.2f}"
+
+
+def _stage1_label(row: Row) -> str:
+    return f"{row['inputs']}, {row['gradients']}, {percent(row['kept'])} kept, {row['path']}"
+
+
+def _stage1_panels(rows: list[Row]) -> list[Panel]:
+    """Per machine and shape: SLA2's steps, and each peer as the newest run has it."""
+    panels: list[Panel] = []
+    for machine, own in by_machine(rows):
+        for group in group_by(own, lambda row: tuple(row[name] for name in SHAPE)).values():
+            bars = [
+                Bar(_stage1_label(row), {"step": row["ms_median"]}, (row["ms_min"], row["ms_max"]))
+                for row in group
+            ]
+            peers: dict[tuple[str, str], float] = {}
+            for row in sorted(group, key=lambda row: row["run"].date):
+                for name, ms in row["peers"].items():
+                    peers[row["inputs"], name] = ms
+            bars += [
+                Bar(f"{inputs}, {name}", {"step": ms}, peer=True)
+                for (inputs, name), ms in sorted(peers.items())
+            ]
+            panels.append(Bars(f"{machine}: {shape_cell(group[0])}, one step of stage 1", bars))
+    return panels
 
 
 # ---- stages -----------------------------------------------------------------------------------
@@ -348,116 +421,3 @@ def _scaling(results: Results, cite: Callable[[Run], str]) -> Section:
         blocks,
         panels,
     )
-
-
-# ---- end to end -------------------------------------------------------------------------------
-
-STEP_CASE = ("model", "compile", "attention", "kept", "quant", "path")
-
-
-def _end_to_end(results: Results, cite: Callable[[Run], str]) -> Section:
-    groups = group_by(newest(results.steps, STEP_CASE), lambda step: step["run"].machine)
-    blocks: list[str] = []
-    panels: list[Panel] = []
-    for machine in machines(groups):
-        own = sorted(groups[machine], key=_step_order)
-        blocks += [f"**{machine}**", _step_table(own, results.steps, cite)]
-        for group in group_by(own, lambda step: (step["model"], step["compile"])).values():
-            compiled = ", compiled" if group[0]["compile"] else ""
-            title = f"{machine}: {_model(group[0])}, one denoising step{compiled}"
-            panels.append(Bars(title, [_step_bar(step) for step in group]))
-    return Section(
-        "end_to_end",
-        "End to end",
-        "One denoising step of a whole model with classifier-free guidance, weights random; "
-        "attention's share is of a profile of one more step.",
-        "python bench/bench_wan.py --size 1.3b --compile --output end_to_end\n"
-        "python bench/bench_wan.py --size 14b --compile --output end_to_end",
-        _end_to_end_paper(groups, results.steps),
-        blocks,
-        panels,
-    )
-
-
-def _model(step: Row) -> str:
-    found = paper.END_TO_END.get(step["model"])
-    return found.title if found else f"Wan2.1 {step['model']}"
-
-
-def _step_order(step: Row) -> tuple[Any, ...]:
-    own, models = step["attention"] == "sla2", [*paper.END_TO_END, step["model"]]
-    names = ("attention", "kept", "quant", "path")
-    return models.index(step["model"]), step["compile"], own, *(str(step[n]) for n in names)
-
-
-def _step_label(step: Row) -> str:
-    if step["attention"] != "sla2":
-        return str(step["attention"])
-    return f"SLA2, {percent(step['kept'])} kept, {step['quant']}, {step['path']}"
-
-
-def _step_parts(step: Row) -> dict[str, float]:
-    """Milliseconds of attention and of the rest; none without a profile."""
-    if step["profile"] is None:
-        return {}
-    own, cross = (step["profile"][f"{name}_attention_ms"] for name in ("self", "cross"))
-    rest = max(0.0, step["ms_median"] - own - cross)  # a CPU's profiler slows the step it times
-    return {"rest": rest, "cross-attention": cross, "self-attention": own}
-
-
-def _dense_ms(step: Row, recorded: list[Row], attention: str) -> float | None:
-    """The same model with other attention in the same run."""
-
-    def kind(row: Row) -> tuple[Any, ...]:
-        return row["run"], row["model"], row["compile"]
-
-    same = (r for r in recorded if r["attention"] == attention and kind(r) == kind(step))
-    return next((row["ms_median"] for row in same), None)
-
-
-def _step_table(steps: list[Row], recorded: list[Row], cite: Callable[[Run], str]) -> str:
-    peers = sorted({step["attention"] for step in steps} - {"sla2"})
-    parts = ("self-attention", "cross-attention", "rest")
-    cells = []
-    for step in steps:
-        peak, found = step["peak_bytes"], _step_parts(step)
-        ratios = [_dense_ms(step, recorded, peer) for peer in peers]
-        cells.append(
-            [
-                *(_model(step), _step_label(step), "yes" if step["compile"] else "no"),
-                *(cite(step["run"]), median_cell(step)),
-                *(significant(found[name]) if name in found else "" for name in parts),
-                "" if peak is None else f"{peak / 2**30:.1f}",
-                *("" if ms is None else f"{ms / step['ms_median']:.2f}x" for ms in ratios),
-            ]
-        )
-    header = ["model", "attention", "compiled", "run", "step ms", *parts, "peak GiB"]
-    return table([*header, *(f"over {peer}" for peer in peers)], cells, left=4)
-
-
-def _step_bar(step: Row) -> Bar:
-    parts = _step_parts(step) or {"step": step["ms_median"]}
-    return Bar(_step_label(step), parts, (step["ms_min"], step["ms_max"]))
-
-
-def _end_to_end_paper(groups: dict[str, list[Row]], recorded: list[Row]) -> list[str]:
-    cells = []
-    for model, found in paper.END_TO_END.items():
-        own = []
-        for machine in machines(groups):
-            ratios = [
-                (dense / step["ms_median"], _step_label(step))
-                for step in groups[machine]
-                if step["model"] == model and step["attention"] == "sla2" and not step["compile"]
-                if (dense := _dense_ms(step, recorded, FLASH_STEP)) is not None
-            ]
-            own.append("{:.2f}x ({})".format(*max(ratios)) if ratios else "")
-        seconds = [f"{value:g}" for value in (found.other_s, found.dense_s, found.sla2_s)]
-        cells.append([found.title, *seconds, f"{found.speedup:.2f}x", *own])
-    header = ["model", "other s", "FlashAttention-2 s", "SLA2 s", "speedup"]
-    return [
-        f"The paper's videos ({paper.TITLE}): seconds of a whole generation on one {paper.GPU}. "
-        "A step here and a generation there compare as speedups over FlashAttention-2, and the "
-        "GPUs differ as said under [Forward](#forward).",
-        table([*header, *(f"{machine}, a step" for machine in machines(groups))], cells, left=1),
-    ]
