@@ -155,72 +155,105 @@ struct Bf16ComplementWorker {
     if (lane == 0) mbarrier_arrive(smem_address(&smem.tile_empty[stage]));
   }
 
-  // acc = 2 (1 - M) [h | z] of kBlocks row blocks from row `row0` of the tile. A set bit becomes
-  // 2.0, whose bf16 has a single bit; the store halves. The A operand of each product is made while
-  // the one before runs: waiting first left the tensor cores idle for as long as they worked.
+  // A lane has as many rows of a tile as its warpgroup has blocks of 64, twice: neighbours, so that
+  // one load brings their mask words. Accumulators of block m and row half of it are row 2 m +
+  // half.
   template <int kBlocks>
-  __device__ __forceinline__ void multiply(float (&acc)[kBlocks][kAccumulators], int row0) {
-    uint32_t bits[kBlocks][2];  // this lane's rows, shifted to its first pair of columns
-    const auto load_bits = [&](int word) {
+  __device__ __forceinline__ int lane_row() const {
+    return 2 * kBlocks * (8 * warp + lane / 4);
+  }
+
+  // This lane's mask words of a step.
+  template <int kBlocks>
+  struct alignas(8 * kBlocks) MaskWords {
+    uint32_t row[2 * kBlocks];
+  };
+  template <int kBlocks>
+  __device__ __forceinline__ void load_mask(MaskWords<kBlocks> (&words)[kStepWords], int stage,
+                                            int row) const {
 #pragma unroll
-      for (int m = 0; m < kBlocks; ++m) {
+    for (int i = 0; i < kStepWords; ++i) {
+      words[i] = *reinterpret_cast<const MaskWords<kBlocks>*>(&smem.tile[stage].mask[i][row]);
+    }
+  }
+
+  // The A operands of a word's two k16 steps: columns 16 k + 8 q + 2 (lane % 4) + e of (1 - M),
+  // whose bits are 16 e + 8 k + 4 q + lane % 4 of the word. A set bit becomes 2.0, whose bf16 has a
+  // single bit; the store halves. rotation: 2 - lane % 4.
+  template <int kBlocks>
+  __device__ __forceinline__ void make_operands(uint32_t (&a)[2][kBlocks][4],
+                                                const MaskWords<kBlocks>& words,
+                                                int rotation) const {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = row0 + m * kRowBlock + 16 * warp + lane / 4 + 8 * half;
-          bits[m][half] = smem.tile[ring.stage].mask[word][row] >> (lane % 4);
+    for (int m = 0; m < kBlocks; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t bits = words.row[2 * m + half];
+        const uint32_t rotated = __funnelshift_l(bits, bits, rotation);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // 2 k + q
+          a[i / 2][m][2 * (i % 2) + half] = (rotated << (12 - 4 * i)) & 0x40004000u;
         }
       }
-    };
-    uint32_t a[kStepWords][2][kBlocks][4];  // for each word two k16 steps
-    const auto make_operands = [&](uint32_t (&operands)[2][kBlocks][4], int word) {
-      load_bits(word);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) pin(a[k][m]);
+    }
+  }
+
+  // acc = 2 (1 - M) [h | z] of kBlocks row blocks from row `row0` of the tile. The operands of a
+  // word's products are made while those of the word before run.
+  template <int kBlocks>
+  __device__ __forceinline__ void multiply(float (&acc)[kBlocks][kAccumulators], int row0) {
+    const int row = row0 + lane_row<kBlocks>();
+    int rotation = 2 - lane % 4;
+    int steps = (args.p.shape.num_k_blocks + kStepBlocks - 1) / kStepBlocks;
+    pin(rotation);  // else made anew in every step
+    pin(steps);
+    MaskWords<kBlocks> words[kStepWords];
+    uint32_t a[kStepWords][2][kBlocks][4];
+    const auto issue = [&](int word, int stage) {
+      const uint32_t tile = uniform(smem_address(smem.tile[stage].state[0]) + word * 2 * 2048);
+      const uint64_t b = wgmma_descriptor(tile, kPanelBytes, 1024, Swizzle::k128);
+      wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            // columns 16 k + 8 (i / 2) + 2 (lane % 4) + {0, 1} of the word
-            operands[k][m][i] = (bits[m][i % 2] << (14 - 8 * k - 4 * (i / 2))) & 0x40004000u;
-          }
-          pin(operands[k][m]);
+          Wgmma16<__nv_bfloat16, false, true>::mma(acc[m], a[word][k][m], advance(b, k * 2048), 1);
         }
       }
+      wgmma_commit();
     };
-    const auto b_tile = [&] { return uniform(smem_address(smem.tile[ring.stage].state)); };
-    uint32_t state = b_tile();
-    make_operands(a[0], 0);
-    for (int next = kStepBlocks;; next += kStepBlocks) {
-      const bool more = next < args.p.shape.num_k_blocks;
+    load_mask<kBlocks>(words, ring.stage, row);
+    make_operands<kBlocks>(a[0], words[0], rotation);
+    int before = -1;  // the stage of the step before
+    for (;;) {
       const int stage = ring.stage;
-#pragma unroll
-      for (int word = 0; word < kStepWords; ++word) {
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const uint64_t b =
-              wgmma_descriptor(state + (2 * word + k) * 2048, kPanelBytes, 1024, Swizzle::k128);
-#pragma unroll
-          for (int m = 0; m < kBlocks; ++m) {
-            Wgmma16<__nv_bfloat16, false, true>::mma(acc[m], a[word][k][m], b, 1);
-          }
-        }
-        wgmma_commit();
-        if (word == 0) {
-          make_operands(a[1], 1);
-        } else {
-          ring.advance();
-          if (more) {
-            wait_full();
-            state = b_tile();
-            make_operands(a[0], 0);
-          }
-        }
-        wgmma_wait<0>();
+      const bool more = --steps > 0;
+      ring.advance();
+      // Asked here and read much later: the answer takes its time.
+      const bool here = mbarrier_test(smem_address(&smem.tile_full[ring.stage]), ring.parity);
+      wgmma_wait<0>();
+      issue(0, stage);
+      // This branch and the next also keep the operands in their place: ptxas would make them
+      // between the products, or after the wait.
+      if (before >= 0) release(before);
+      before = stage;
+      make_operands<kBlocks>(a[1], words[1], rotation);
+      if (more) {
+        if (!here) wait_full();
+        load_mask<kBlocks>(words, ring.stage, row);
       }
-      release(stage);
+      wgmma_wait<0>();
+      issue(1, stage);
       if (!more) break;
+      make_operands<kBlocks>(a[0], words[0], rotation);
     }
+    wgmma_wait<0>();
+    release(before);
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) pin(acc[m]);
   }
@@ -231,14 +264,14 @@ struct Bf16ComplementWorker {
     return Pair<__nv_bfloat16>::from_floats(0.5f * pair[0], 0.5f * pair[1]);
   }
 
-  // 64 query blocks: bf16 H or float Z, eight rows of 64 contiguous bytes a store. H is not read
-  // here again: it should not push states out of L2.
+  // 64 query blocks, this lane's from first_row: bf16 H or float Z, eight rows of 64 contiguous
+  // bytes a store. H is not read here again: it should not push states out of L2.
   __device__ __forceinline__ void store(const float (&acc)[kAccumulators], const Bf16Tile& tile,
-                                        int row0) const {
+                                        int first_row) const {
     const Shape& shape = args.p.shape;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = row0 + 16 * warp + lane / 4 + 8 * half;
+      const int row = first_row + half;
       if (row >= shape.num_q_blocks) continue;
       const int64_t index = static_cast<int64_t>(tile.bh) * shape.num_q_blocks + row;
       if (tile.column0 < kColumnsH) {
@@ -274,7 +307,8 @@ struct Bf16ComplementWorker {
     for (int n = 0; n < TileShape::kColumns / 8; n += 2) {
       const uint32_t words[4] = {halved_pair(acc, n, 0), halved_pair(acc, n, 1),
                                  halved_pair(acc, n + 1, 0), halved_pair(acc, n + 1, 1)};
-      stmatrix_x4(out + n / 8 * kOutPanelBytes + swizzle<128>(lane % 16, n % 8 + lane / 16), words);
+      const int row = 2 * (lane % 8) + lane / 8 % 2;
+      stmatrix_x4(out + n / 8 * kOutPanelBytes + swizzle<128>(row, n % 8 + lane / 16), words);
     }
     fence_async_shared();
     __syncwarp();
@@ -299,14 +333,15 @@ struct Bf16ComplementWorker {
     }
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) {
-      const int first_row = (tile.first_block + m) * kRowBlock + row0;
+      const int first_row = tile.first_block * kRowBlock + row0;
       if constexpr (!Variant::kMakesStates) {
+        static_assert(TileShape::kGroupBlocks == 1, "a warp has 16 rows");
         if (tile.column0 < kColumnsH) {
           send_h(acc[m], tile, first_row);
           continue;
         }
       }
-      store(acc[m], tile, first_row);
+      store(acc[m], tile, first_row + lane_row<kBlocks>() + 2 * m);
     }
   }
 

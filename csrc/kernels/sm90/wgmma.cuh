@@ -38,6 +38,9 @@ __device__ __forceinline__ void pin(T (&x)[kCount]) {
   }
 }
 
+// A value that the compiler shall keep and not make anew where it is used.
+__device__ __forceinline__ void pin(int& x) { asm volatile("" : "+r"(x)); }
+
 // A operands for the next product, made while the one that reads `target` was in flight. ptxas
 // gives the source of a plain copy the same registers, and serialises the products for it (C7513).
 template <int kSteps>
