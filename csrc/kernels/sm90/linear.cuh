@@ -133,6 +133,15 @@ __device__ __forceinline__ T uniform(T x) {
   return __shfl_sync(0xffffffffu, x, 0);
 }
 
+// x in shared memory, for `uniform` to hand on: read by lane 0 alone, which later also tells the
+// writer that its place is free. The arrival is then behind the read in program order.
+template <typename T>
+__device__ __forceinline__ T first_lane_load(const T& x) {
+  T value = {};
+  if (threadIdx.x % 32 == 0) value = x;
+  return value;
+}
+
 // A position in a ring of kStages buffers. The consumer waits for `parity` of a full barrier, the
 // producer for the opposite one of an empty barrier: its first round passes at once.
 template <int kStages>

@@ -358,7 +358,7 @@ struct Bf16ComplementWorker {
     static_assert(TileShape::kGroupBlocks <= 2, "the cases below");
     for (;;) {
       wait_full();
-      const int ticket = uniform(smem.tile_ticket[ring.stage]);
+      const int ticket = uniform(first_lane_load(smem.tile_ticket[ring.stage]));
       if (ticket < 0) break;
       const int tile_blocks = bf16_tile<Variant>(args, ticket).blocks;
       const int fewer = tile_blocks / kGroups, longer = tile_blocks % kGroups;

@@ -89,7 +89,7 @@ __device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Va
   mask.advance(first);
   for (;;) {
     mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-    const int bh = smem.tile_of[ring.stage].bh;
+    const int bh = uniform(first_lane_load(smem.tile_of[ring.stage].bh));
     if (bh < 0) return;
 #pragma unroll 1
     for (int step = first; step < steps; step += kMaskWarps) {
@@ -286,7 +286,7 @@ struct E4m3ComplementWorker {
     const int steps = e4m3_steps(args);
     for (;;) {
       mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-      const E4m3Tile& next = smem.tile_of[ring.stage];
+      const E4m3Tile next = first_lane_load(smem.tile_of[ring.stage]);
       const E4m3Tile tile = {uniform(next.bh), uniform(next.line), uniform(next.row0)};
       if (tile.bh < 0) break;
       float low[32], high[kHigh];

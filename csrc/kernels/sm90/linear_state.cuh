@@ -317,7 +317,7 @@ struct StateWorker {
   __device__ __forceinline__ bool next_phi() {
     mbarrier_wait(smem_address(&smem.state_full[loads.stage]), loads.parity);
     stage_index = loads.stage % Smem::kStateStages;
-    const StateTask& next = smem.state_task[stage_index];
+    const StateTask next = first_lane_load(smem.state_task[stage_index]);
     task = {uniform(next.bh), uniform(next.block), uniform(next.slot)};
     if (task.bh < 0) return false;
     keys(smem.state[stage_index]);
