@@ -11,7 +11,7 @@ namespace sla2 {
 // A complement tile: the two segments of a line by up to 128 query blocks, which are the N of its
 // products: what T_m leaves, in the smallest number of equal tiles.
 constexpr int kTileQueries = 128;
-constexpr int kMaskWarps = 2;  // a step each
+constexpr int kMaskWarps = 2;  // a word of each step
 struct alignas(16) E4m3Tile {
   int bh, line, row0;  // bh negative: no more tiles; row0: first query block
 };
@@ -66,59 +66,49 @@ __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
     }
     ticket = next_ticket;
   }
-#pragma unroll 1
-  for (int i = 0; i < kMaskWarps; ++i) {
-    mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-    smem.tile_of[ring.stage].bh = -1;
-    mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
-    ring.advance();
-  }
+  mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+  smem.tile_of[ring.stage].bh = -1;
+  mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
 }
 
-// One warp, for every kMaskWarps-th step: the mask's words as B operands, 64 bytes a query block. A
-// set bit becomes 2.0, a single bit in e4m3; the results are halved. Byte 4 i + b of 32 is bit
-// i + 8 b of the word.
+// One warp: of every step one of the mask's two words, as B operands, 32 bytes a query block. A set
+// bit becomes 2.0, a single bit in e4m3; the results are halved. Byte 4 i + b of 32 is bit i + 8 b
+// of the word. The warps have halves of every step, not steps in turns: so each place of a buffer
+// has one writing thread, and no warp's waits skip a phase of a barrier, which they would have to
+// tell from the one before by its parity.
 template <class Variant>
 __device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Variant::Smem& smem,
-                                             int first) {
+                                             int word) {
   using Smem = typename Variant::Smem;
   const int lane = threadIdx.x % 32, steps = e4m3_steps(args);
   RingCursor<Smem::kTileStages> ring;
   RingCursor<Smem::kMaskBuffers> mask;
-  ring.advance(first);
-  mask.advance(first);
   for (;;) {
     mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
     const int bh = uniform(first_lane_load(smem.tile_of[ring.stage].bh));
     if (bh < 0) return;
 #pragma unroll 1
-    for (int step = first; step < steps; step += kMaskWarps) {
+    for (int step = 0; step < steps; ++step) {
       mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-      uint32_t bits[kTileQueries / 32][2];
+      uint32_t bits[kTileQueries / 32];
 #pragma unroll
       for (int r = 0; r < kTileQueries / 32; ++r) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          bits[r][i] = smem.words[ring.stage][i * args.tile_rows + 32 * r + lane];
-        }
+        bits[r] = smem.words[ring.stage][word * args.tile_rows + 32 * r + lane];
       }
       mbarrier_wait(smem_address(&smem.mask_empty[mask.stage]), mask.parity ^ 1);
 #pragma unroll
       for (int r = 0; r < kTileQueries / 32; ++r) {
         if (32 * r >= args.tile_rows) break;
+        uint32_t bytes[8];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t words[8];
+        for (int b = 0; b < 8; ++b) {
+          bytes[b] = (b < 7 ? bits[r] << (6 - b) : bits[r] >> 1) & 0x40404040u;
+        }
 #pragma unroll
-          for (int b = 0; b < 8; ++b) {
-            words[b] = (b < 7 ? bits[r][i] << (6 - b) : bits[r][i] >> 1) & 0x40404040u;
-          }
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            *reinterpret_cast<uint4*>(smem.mask[mask.stage] +
-                                      swizzle<64>(32 * r + lane, 2 * i + c)) =
-                make_uint4(words[4 * c], words[4 * c + 1], words[4 * c + 2], words[4 * c + 3]);
-          }
+        for (int c = 0; c < 2; ++c) {
+          *reinterpret_cast<uint4*>(smem.mask[mask.stage] +
+                                    swizzle<64>(32 * r + lane, 2 * word + c)) =
+              make_uint4(bytes[4 * c], bytes[4 * c + 1], bytes[4 * c + 2], bytes[4 * c + 3]);
         }
       }
       fence_async_shared();
@@ -127,11 +117,11 @@ __device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Va
         mbarrier_arrive(smem_address(&smem.mask_full[mask.stage]));
         mbarrier_arrive(smem_address(&smem.tile_empty[ring.stage]));
       }
-      ring.advance(kMaskWarps);
-      mask.advance(kMaskWarps);
+      ring.advance();
+      mask.advance();
     }
-    // This warp has seen its loads of the tile arrive: these states are read.
-    if (lane == 0) release_increment(tiles_done(args, bh));
+    // This warp has seen every load of the tile arrive: the states are read.
+    if (word == 0 && lane == 0) release_increment(tiles_done(args, bh));
   }
 }
 
@@ -357,10 +347,10 @@ struct LinearE4m3 {
       constexpr int kWarps = kComplementGroups * kWarpgroup / 32;
       for (int i = 0; i < kTileStages; ++i) {
         mbarrier_init(smem_address(&tile_full[i]), 1);
-        mbarrier_init(smem_address(&tile_empty[i]), kWarps + 1);  // and the warp of the masks
+        mbarrier_init(smem_address(&tile_empty[i]), kWarps + kMaskWarps);
       }
       for (int i = 0; i < kMaskBuffers; ++i) {
-        mbarrier_init(smem_address(&mask_full[i]), 1);
+        mbarrier_init(smem_address(&mask_full[i]), kMaskWarps);
         mbarrier_init(smem_address(&mask_empty[i]), kWarps);
       }
     }
@@ -396,7 +386,6 @@ struct LinearE4m3 {
     args.row_tiles = (queries + kTileQueries - 1) / kTileQueries;
     args.tile_rows = tile_rows((queries + args.row_tiles - 1) / args.row_tiles);
     args.head_tiles = args.row_tiles * (State::kSegments / 2);
-    args.head_reads = kMaskWarps * args.head_tiles;
     if (p.state == nullptr) return cudaSuccess;
     const uint64_t blocks = p.shape.num_k_blocks, slots = p.state_slots;
     cudaError_t status = encode_tensor_map<3>(args.state, p.state, {State::kBytes, blocks, slots},
