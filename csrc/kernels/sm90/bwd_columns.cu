@@ -66,21 +66,20 @@ __device__ __forceinline__ void copy_inputs(const AttnBwdParams& p, const BwdCol
   };
   const uint16_t* list =
       p.columns.rows + bh * p.columns.rows_per_head + p.columns.offsets[item.index];
-  const int64_t row0 = static_cast<int64_t>(item.local_bh) * p.shape.num_q_blocks * kBlockQ;
 #pragma unroll 1
   for (int entry = item.begin; entry < item.end; ++entry) {
     const int block = list[entry];  // the ring is full: the next stage takes longer to come free
 #pragma unroll 1
     for (int half = 0; half < kBlockQ / C::kStepQueries; ++half) {
-      const int token = block * kBlockQ + half * C::kStepQueries;
+      const int row = half * C::kStepQueries, token = block * kBlockQ + row;
       uint32_t full = take(C::kQuery, C::kTileBytes + 2 * kStatisticBytes);
       auto& stage = smem.ring[ring.stage];
       load_tile<C>(stage[C::kQuery], &maps.q, token, head, batch, full);
       // Rows past the end have statistics of their own, with which P and dS are zero.
-      bulk_load(smem_address(smem.shift[ring.stage]), p.row_shift + row0 + token, kStatisticBytes,
-                full);
-      bulk_load(smem_address(smem.delta[ring.stage]), p.row_delta + row0 + token, kStatisticBytes,
-                full);
+      tensor_load(smem_address(smem.shift[ring.stage]), &maps.shift, row, block, item.local_bh,
+                  full);
+      tensor_load(smem_address(smem.delta[ring.stage]), &maps.delta, row, block, item.local_bh,
+                  full);
       full = take(C::kGrad, C::kTileBytes);
       load_tile<C>(stage[C::kGrad], &maps.grad_out, token, head, batch, full);
       ring.advance();
@@ -333,6 +332,17 @@ __global__ void __launch_bounds__(BwdColumnSm90<Element, kHeadDim>::kThreads, 2)
   }
 }
 
+// Statistics of a step's queries, a box of 256 bytes. Tensor copies, though these rows are
+// contiguous: racecheck takes a bulk copy for a store of the thread that asks for it, and does not
+// see that the thread's wait for the ring's place orders it behind other threads' reads.
+template <class C>
+cudaError_t encode_statistics(CUtensorMap& map, const float* rows, const AttnBwdParams& p) {
+  const uint64_t blocks = p.shape.num_q_blocks, heads = p.bh_count;
+  return encode_tensor_map<3>(map, rows, {kBlockQ, blocks, heads},
+                              {kBlockQ * 4, blocks * kBlockQ * 4}, {C::kStepQueries, 1, 1}, 4,
+                              CU_TENSOR_MAP_SWIZZLE_NONE);
+}
+
 template <typename Element, int kHeadDim>
 cudaError_t launch(const AttnBwdParams& p) {
   using C = BwdColumnSm90<Element, kHeadDim>;
@@ -348,6 +358,10 @@ cudaError_t launch(const AttnBwdParams& p) {
   constexpr uint32_t kRowsPerWarp = kBlockK / (C::kComputeThreads / 32);
   check(encode_tokens(maps.dk, p.dk, p.shape, kHeadDim, kRowsPerWarp));
   check(encode_tokens(maps.dv, p.dv, p.shape, kHeadDim, kRowsPerWarp));
+  if (p.row_shift != nullptr) {
+    check(encode_statistics<C>(maps.shift, p.row_shift, p));
+    check(encode_statistics<C>(maps.delta, p.row_delta, p));
+  }
   if (p.dh != nullptr) {
     constexpr uint64_t kRowBytes = kHeadDim * 2;
     const uint64_t blocks = static_cast<uint64_t>(p.bh_count) * p.shape.num_k_blocks;

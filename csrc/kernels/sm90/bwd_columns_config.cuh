@@ -7,9 +7,10 @@
 
 namespace sla2 {
 
-// Maps of the inputs and of dK, dV; dh: the states' gradients, unset without the linear branch.
+// Maps of the inputs and of dK, dV; shift and delta: the row statistics, unset without the sparse
+// branch; dh: the states' gradients, unset without the linear branch.
 struct BwdColumnMaps {
-  CUtensorMap q, grad_out, k, v, dh, dk, dv;
+  CUtensorMap q, grad_out, k, v, shift, delta, dh, dk, dv;
 };
 
 // What one CTA works on: a key block and its list of query blocks, or a part of that.
@@ -68,7 +69,7 @@ struct BwdColumnSm90 {
     alignas(1024) char key[kTileBytes];  // dV leaves from here
     char value[kTileBytes];              // and dK from here
     char ring[kStages][kTilesPerStage][kTileBytes];
-    alignas(16) float shift[kStages][kStepQueries], delta[kStages][kStepQueries];
+    alignas(128) float shift[kStages][kStepQueries], delta[kStages][kStepQueries];
     alignas(16) float k_mean[kHeadDim], dz[2][kHeadDim];
     float column_sums[kComputeThreads / 32][kHeadDim];
     ColumnItem item;     // here it costs no registers
