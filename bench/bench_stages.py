@@ -80,7 +80,7 @@ ROUTE_KEY_BLOCKS = 3008  # more than these are routed by the portable kernels on
 OWN_KERNEL = re.compile(r"\bsla2::(?:\(anonymous namespace\)::|<unnamed>::)?(\w+_kernel)\b")
 # ncu leaves the namespaces of its own "demangled" names out in some versions.
 NCU_KERNEL = re.compile(
-    r"(?:void )?(?:sla2::(?:\(anonymous namespace\)::|<unnamed>::)?)?(\w+_kernel)\b"
+    r"(?:void )?(?:sla2::)?(?:\(anonymous namespace\)::|<?unnamed>::)?(\w+_kernel)\b"
 )
 NCU_METRICS = {"dram__bytes_read.sum": 0, "dram__bytes_write.sum": 1}
 NCU_UNITS = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}

@@ -12,7 +12,7 @@ not depend on the weights' values, SLA2's neither: the number of blocks is fixed
 Dense rows run self- and cross-attention by the backend in their name: FlashAttention-2 or cuDNN, of
 torch's `scaled_dot_product_attention`, chosen by diffusers' `set_attention_backend`. SLA2's rows
 leave cross-attention to torch's own choice. --compile adds rows in which diffusers compiles the
-blocks (`compile_repeated_blocks`).
+blocks (`compile_repeated_blocks`); --compile-only measures these alone.
 
 Times are medians of whole steps. The profile is of one more step: attention's kernels are those
 that its operators launched, told apart by their shapes; "other" is the sum of all other kernels,
@@ -306,7 +306,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--topk", type=float, nargs="+", default=[0.1, 0.05, 0.03], help="of SLA2")
     parser.add_argument("--quant", choices=QUANT_MODES, default="int8_fp8", help="of SLA2")
-    parser.add_argument("--compile", action="store_true", help="the same rows compiled, too")
+    compiled = parser.add_mutually_exclusive_group()
+    compiled.add_argument("--compile", action="store_true", help="the same rows compiled, too")
+    compiled.add_argument("--compile-only", action="store_true", help="compiled rows alone")
     parser.add_argument("--iters", type=int, default=5, help="timed steps")
     parser.add_argument("--warmup", type=int, default=1, help="steps besides a first one")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
@@ -321,9 +323,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def variants(options: argparse.Namespace) -> list[Variant]:
+    compiled_or_not = (True,) if options.compile_only else (False, True)[: 1 + options.compile]
     return [
         Variant(attention, kept, compiled)
-        for compiled in ((False, True) if options.compile else (False,))
+        for compiled in compiled_or_not
         for attention in options.attention
         for kept in (options.topk if attention == "sla2" else (1.0,))
     ]

@@ -300,6 +300,16 @@ def test_a_missing_encoder_is_told_before_the_work(
 # ---- bench_wan ----------------------------------------------------------------------------------
 
 
+def test_compile_options_choose_rows() -> None:
+    def compiled(*options: str) -> list[bool]:
+        rows = bench_wan.variants(bench_wan.parse([*options, "--attention", "dense-flash"]))
+        return [row.compiled for row in rows]
+
+    assert compiled() == [False]
+    assert compiled("--compile") == [False, True]
+    assert compiled("--compile-only") == [True]
+
+
 def test_bench_times_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*TINY, "--iters", "1", "--warmup", "0", "--topk", "0.5", str(TOPK)]
     assert bench_wan.main([*arguments, "--output", str(tmp_path)]) == 0

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+# A GPU at its power limit lowers its clock, and keeps it low for a while after: without a pause the
+# calls of one row are slower behind a dense peer than behind a short kernel.
+REST_S = 0.5
 
 
 class Timing(NamedTuple):
@@ -32,8 +35,9 @@ def time_call(
     """Times `call`.
 
     On a GPU every iteration is measured on its own by two events, after a write of 256 MiB that
-    leaves nothing of the inputs in the L2 cache. budget_s: with a slow call, fewer iterations than
-    `iters`, so that about this much time is spent; never fewer than three.
+    leaves nothing of the inputs in the L2 cache; all of them after a rest of REST_S. budget_s: with
+    a slow call, fewer iterations than `iters`, so that about this much time is spent; never fewer
+    than three.
     """
     if budget_s is not None:
         call()
@@ -62,6 +66,7 @@ def _measure(call: Callable[[], object], device: torch.device, iters: int) -> li
             for _ in range(iters)
         ]
         torch.cuda.synchronize(device)
+        time.sleep(REST_S)
         for begin, end in events:
             flush.zero_()
             begin.record()
