@@ -19,6 +19,11 @@ SMALL: dict[str, Any] = {
     "topk": FRACTIONS, "steps": 5, "batch": 2, "checkpoint_every": 2, "progress": False,
     "device": "cpu",
 }  # fmt: skip
+# What a fit was before it had schedules: AdamW and nothing else.
+PLAIN: dict[str, Any] = {
+    "schedule": "constant", "warmup": 0, "tau": None, "decay": 0.0, "refit_alpha": False,
+    "keep_better": False,
+}  # fmt: skip
 
 
 def record(folder: Path, layers: dict[str, Sequence[Sequence[Tensor]]]) -> Path:

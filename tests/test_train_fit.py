@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from fit_cases import (
     FRACTIONS,
+    PLAIN,
     SMALL,
     D,
     H,
@@ -80,7 +81,7 @@ def relative_error(layer: SLA2Attention, qkv: list[Tensor]) -> float:
 def test_it_learns_the_right_router(tmp_path: Path) -> None:
     folder = record(tmp_path / "samples", {"attention": [class_problem(s) for s in range(4)]})
     paths = fit_router(
-        folder, tmp_path / "out", topk=(0.5, 0.25), steps=60, lr=0.03, batch=1, device="cpu",
+        folder, tmp_path / "out", topk=(0.5, 0.25), steps=60, lr=0.06, batch=1, device="cpu",
         progress=False,
     )  # fmt: skip
     model = nn.Module()
@@ -106,7 +107,7 @@ def test_numbers_are_those_of_plain_autograd(tmp_path: Path) -> None:
     """
     problems = [random_samples(1, torch.float64, (batch, N, H, D))[0] for batch in (1, 2, 1)]
     folder = record(tmp_path / "samples", {"x": problems})
-    fit_router(folder, tmp_path / "out", **SMALL)
+    fit_router(folder, tmp_path / "out", **SMALL, **PLAIN)
     rows = iter(read_log(tmp_path / "out"))
     layer = SLA2Attention(H, D, seq_len=N, topk=0.8)
     calibrate_alpha(layer, (Sample("x", None, *qkv) for qkv in problems))
@@ -133,7 +134,7 @@ def test_numbers_are_those_of_plain_autograd(tmp_path: Path) -> None:
             norm = torch.cat([y.flatten() for y in full]).norm()
             error = (difference.norm() / norm).item()
             assert float(row["relative_error"]) == pytest.approx(error, rel=1e-5)
-            assert row["lr"] == "0.001" and float(row["seconds"]) > 0
+            assert (row["lr"], row["tau"]) == ("0.001", "0.1") and float(row["seconds"]) > 0
         fitted = SLA2Attention(H, D, seq_len=N, topk=topk)
         load_router(fitted, tmp_path / "out" / "layers" / f"x@{topk}.safetensors")
         for name, value in layer.state_dict().items():
@@ -274,9 +275,9 @@ def test_tensorboard(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     fit_router(samples, tmp_path / "out", **SMALL)
-    assert scalars.pop()[0] == "closed" and len(scalars) == 60
+    assert scalars.pop()[0] == "closed" and len(scalars) == 80
     row = read_log(tmp_path / "out")[7]
-    for name in ("loss", "relative_error", "lr"):
+    for name in ("loss", "relative_error", "lr", "tau"):
         assert (f"blocks.0.attn1/topk_0.4/{name}", float(row[name]), 3) in scalars
 
 

@@ -22,7 +22,6 @@ from fit_cases import (
 )
 from torch import nn
 
-import sla2
 from sla2 import SLA2Attention, load_router
 from sla2.train import fit, fit_folder, fit_router
 from sla2.train.fit_data import ProblemLoader
@@ -101,16 +100,20 @@ def test_a_crash_before_the_checkpoint_is_deleted(
 ) -> None:
     output = tmp_path / "out"
 
-    def finish(self: fit_folder.FitFolder, run: fit_folder.Run, layer: SLA2Attention) -> None:
-        sla2.save_router(layer, self.part(run))
+    checkpoint, whole = output / "checkpoint.safetensors", fit_folder.FitFolder.finish
+
+    def finish(self: fit_folder.FitFolder, *args: Any) -> None:
+        before = checkpoint.read_bytes()
+        whole(self, *args)
+        checkpoint.write_bytes(before)
         raise Interrupted
 
     for finished in (1, 2):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
             patch.setattr(fit_folder.FitFolder, "finish", finish)
             fit_router(samples, output, **SMALL, resume=True)
-        assert (output / "checkpoint.safetensors").exists()
-        assert len(list((output / "layers").iterdir())) == finished
+        assert checkpoint.exists()
+        assert len(list((output / "layers").glob("*.trained.*"))) == finished
     fit_router(samples, output, **SMALL, resume=True)
     assert contents(output) == uninterrupted
 
@@ -124,7 +127,8 @@ def test_a_finished_fit_resumes_to_itself(
         assert contents(tmp_path / "out") == uninterrupted
     assert paths == {k: tmp_path / "out" / f"router_{k}.safetensors" for k in FRACTIONS}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "layers", "log.csv", "router_0.4.safetensors", "router_0.8.safetensors", "settings.json"
+        "layers", "log.csv", "report.csv", "router_0.4.safetensors", "router_0.8.safetensors",
+        "settings.json",
     ]  # fmt: skip
     assert load_router(Model(topk=0.8), paths[0.8]) == []
     with pytest.raises(ValueError, match=r"has topk=0.8 in the file, topk=0.4 in the model"):
@@ -157,6 +161,12 @@ def test_resume_refuses_other_settings(samples: Path, tmp_path: Path) -> None:
         (r"topk=\[0.8, 0.4\], this call topk=\[0.8, 0.5\]", {"topk": (0.8, 0.5)}),
         ("lr=0.001, this call lr=0.01", {"lr": 0.01}),
         ("seed=0, this call seed=1", {"seed": 1}),
+        ("schedule='cosine', this call schedule='constant'", {"schedule": "constant"}),
+        ("warmup=10, this call warmup=11", {"warmup": 11}),
+        (r"tau=\[.*\], this call tau=None", {"tau": None}),
+        ("decay=0.01, this call decay=0.1", {"decay": 0.1}),
+        ("refit_alpha=True, this call refit_alpha=False", {"refit_alpha": False}),
+        ("keep_better=True, this call keep_better=False", {"keep_better": False}),
         ("batch=2, this call batch=3", {"batch": 3}),
         ("dtype=None, this call dtype='torch.float16'", {"dtype": torch.float16}),
         ("calibrate=True, this call calibrate=False", {"calibrate": False}),
@@ -255,6 +265,15 @@ def test_nan_in_a_sample(tmp_path: Path, tensor: int) -> None:
         ({"seed": None}, TypeError, "seed must be an int"),
         ({"lr": 0.0}, ValueError, "lr=0.0 is out of range"),
         ({"lr": "1e-3"}, TypeError, "lr must be a float"),
+        ({"schedule": "linear"}, ValueError, "schedule='linear'"),
+        ({"warmup": -1}, ValueError, "warmup=-1 is less than 0"),
+        ({"tau": 0.1}, TypeError, "tau must be two floats"),
+        ({"tau": (0.1, 0.01, 0.001)}, TypeError, "tau must be two floats"),
+        ({"tau": (0.1, 0.0)}, ValueError, "tau=0.0 is out of range"),
+        ({"decay": -0.1}, ValueError, "decay=-0.1 is out of range"),
+        ({"decay": 1.0}, ValueError, "decay=1.0 is out of range"),
+        ({"decay": "1"}, TypeError, "decay must be a float"),
+        ({"keep_better": None}, TypeError, "keep_better must be True or False"),
         ({"resume": 1}, TypeError, "resume must be True or False"),
         ({"dtype": "bfloat16"}, TypeError, "dtype must be a torch.dtype"),
         ({"dtype": torch.int8}, ValueError, r"'blocks.0.attn1' \(torch.int8\) on cpu"),

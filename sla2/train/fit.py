@@ -2,11 +2,14 @@
 
 Source: "SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 2602.12675, stage 1 of
 its training: minimise MSE(full attention, SLA2 under SoftTop-k, eq. 14-15), without quantisation.
-The optimiser and its rate are choices of this package; the paper names none for this stage.
+The optimiser, its rate, the schedules and what follows the steps of a run are choices of this
+package; the paper names none for this stage. docs/training.md tells what each is for.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import os
 import time
@@ -18,18 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load_router, save_router
-from ..checks import check_flag
+from ..checks import check_choice, check_flag
 from ..env import why_not
 from ..module import SLA2Attention
 from ..optim import param_groups
 from .calibrate import set_mean_alpha
 from .fit_data import Problem, ProblemLoader, RecordedLayer, draw_batch, scan_layers
-from .fit_folder import FitFolder, Run
+from .fit_folder import FitFolder, Report, Run
 from .fit_log import FitLog, Row
+from .hard_mode import HardMode
+from .schedule import SCHEDULES, Schedule, check_tau_range
 
 # The gradient of alpha is of one query block in a mean over all: near 1e-8 at 75600 tokens and 40
 # heads, where AdamW's usual 1e-8 would stop it from moving.
 _ADAM_EPS = 1e-15
+
+_LOGGER = logging.getLogger("sla2")
 
 
 def fit_router(
@@ -39,10 +46,16 @@ def fit_router(
     topk: Sequence[float] = (0.05, 0.04, 0.03),
     steps: int = 500,
     lr: float = 1e-3,
+    schedule: str = "cosine",
+    warmup: int = 10,
+    tau: tuple[float, float] | None = (0.1, 0.01),
+    decay: float = 0.01,
     batch: int = 1,
     layers: Iterable[str] | None = None,
     layer_options: Mapping[str, Any] | None = None,
     calibrate: bool = True,
+    refit_alpha: bool = True,
+    keep_better: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     seed: int = 0,
@@ -56,7 +69,8 @@ def fit_router(
     Layer after layer, and for each the fractions of `topk` from the first to the last: the first
     starts from the identity and a calibrated alpha (eq. 7), the others from the one before. The
     loss is the mean squared error between full attention and SLA2 in soft mode, both computed from
-    the samples of that layer in their own 16-bit dtype; AdamW without decay minimises it.
+    the samples of that layer in their own 16-bit dtype; AdamW minimises it. After the steps of a
+    layer and topk the fitted router is compared to the one it started from in hard mode.
 
     Args:
         samples: folder of a `QKVRecorder`: q, k, v (B, N, H, D) of any number of layers. Read one
@@ -64,13 +78,27 @@ def fit_router(
         output: folder for everything that is written.
         topk: fractions of the key blocks kept, floats in (0, 1], descending.
         steps: updates per layer and topk.
-        lr: AdamW's rate for router and alpha.
+        lr: AdamW's rate for router and alpha, at its highest.
+        schedule: "cosine" lets the rate fall towards 0 over the steps of a layer and topk: AdamW
+            moves every entry by about `lr` a step whatever its gradient, and at a constant rate the
+            router ends in that noise. "constant" does not.
+        warmup: steps in which the rate grows to `lr`.
+        tau: SoftTop-k's temperature at the first and the last step of a layer and topk, geometric
+            in between; None: the layer's own (0.1). A low one keeps the soft map near the hard one:
+            at 0.1 more blocks than topk share the weight, which hard mode cannot do. A low one from
+            the start would not find the blocks that the start is far from.
+        decay: share of their distance to the identity that the projections lose in a step at the
+            highest rate (AdamW's weight_decay is decay / lr); alpha has none.
         batch: samples per step, at most those a layer has. They are computed one after the other,
             so it costs time and no memory.
         layers: names of the layers to fit; None: all that are recorded.
         layer_options: further arguments of `SLA2Attention`, such as {"per_head_router": True}.
             "quant" is only noted in the router files: this stage is unquantised.
         calibrate: False starts alpha at alpha_init (0.85).
+        refit_alpha: after the steps, alpha becomes the one with the least error in hard mode, for
+            the fitted router and for the one it started from. False: as trained in soft mode.
+        keep_better: of the fitted router and the one it started from, the one with the smaller
+            error in hard mode is written. False: always the fitted one.
         device: "cpu" or a CUDA device; None: the current GPU if there is one, else the CPU.
         dtype: what samples are cast to; None: as recorded. CUDA takes bfloat16 and float16 alone.
         seed: of the order of the samples, the only random choice.
@@ -82,7 +110,9 @@ def fit_router(
         progress: a bar on stderr, where rich is installed.
 
     Returns the router file of each topk, for `sla2.load_router` into a model whose SLA2Attention
-    modules have the names of the recorded layers. log.csv in `output` has a row per step.
+    modules have the names of the recorded layers. log.csv in `output` has a row per step,
+    report.csv one per layer and topk with the errors in hard mode before and after. The logger
+    `sla2` warns where the fitted router is worse than the one it started from.
 
     Raises before anything is computed: TypeError / ValueError for arguments, samples that do not
     fit each other or the device, and a resumed fit with other settings, naming the first;
@@ -92,6 +122,7 @@ def fit_router(
     for name, value, least in (
         ("steps", steps, 1),
         ("batch", batch, 1),
+        ("warmup", warmup, 0),
         ("checkpoint_every", checkpoint_every, 1),
         ("cache_bytes", cache_bytes, 0),
         ("seed", seed, None),
@@ -104,7 +135,18 @@ def fit_router(
         raise TypeError(f"lr must be a float; got {lr!r}")
     if not 0.0 < lr < math.inf:
         raise ValueError(f"lr={lr} is out of range: it must be positive and finite")
-    for name, flag in (("calibrate", calibrate), ("resume", resume), ("progress", progress)):
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+        raise TypeError(f"decay must be a float; got {decay!r}")
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay={decay} is out of range: allowed is [0, 1)")
+    check_choice("schedule", schedule, SCHEDULES)
+    for name, flag in (
+        ("calibrate", calibrate),
+        ("refit_alpha", refit_alpha),
+        ("keep_better", keep_better),
+        ("resume", resume),
+        ("progress", progress),
+    ):
         check_flag(name, flag)
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
@@ -116,9 +158,15 @@ def fit_router(
         fractions=fractions,
         steps=steps,
         lr=float(lr),
+        schedule=schedule,
+        warmup=warmup,
+        tau=check_tau_range(tau),
+        decay=float(decay),
         batch=batch,
         options=dict(layer_options or {}),
         calibrate=calibrate,
+        refit_alpha=refit_alpha,
+        keep_better=keep_better,
         device=place,
         dtype=dtype,
         seed=seed,
@@ -144,9 +192,15 @@ class _Fit(NamedTuple):
     fractions: tuple[float, ...]
     steps: int
     lr: float
+    schedule: str
+    warmup: int
+    tau: tuple[float, float] | None
+    decay: float
     batch: int
     options: dict[str, Any]
     calibrate: bool
+    refit_alpha: bool
+    keep_better: bool
     device: torch.device
     dtype: torch.dtype | None
     seed: int
@@ -178,9 +232,15 @@ class _Fit(NamedTuple):
             "topk": self.fractions,
             "steps": self.steps,
             "lr": self.lr,
+            "schedule": self.schedule,
+            "warmup": self.warmup,
+            "tau": self.tau,
+            "decay": self.decay,
             "batch": self.batch,
             "layer_options": self.options,
             "calibrate": self.calibrate,
+            "refit_alpha": self.refit_alpha,
+            "keep_better": self.keep_better,
             "dtype": None if self.dtype is None else str(self.dtype),
             "seed": self.seed,
             "layers": {
@@ -239,21 +299,25 @@ class _Fit(NamedTuple):
     ) -> None:
         """The steps of `run` after the `done` ones, whose state the checkpoint has."""
         module.set_stage(1)
-        optimizer = torch.optim.AdamW(param_groups(module, lr_router=self.lr), eps=_ADAM_EPS)
+        own_tau = module.tau
+        schedule = Schedule(
+            self.steps, self.lr, self.warmup, self.schedule, self.tau or (own_tau, own_tau)
+        )
+        groups = param_groups(module, lr_router=self.lr)
+        assert groups[0]["name"] == "router"
+        groups[0]["weight_decay"] = self.decay / self.lr
+        optimizer = torch.optim.AdamW(groups, eps=_ADAM_EPS)
         if done > 0:
             self.folder.load_checkpoint(module, optimizer)
-        elif previous is not None:
-            # strict=False: the two differ in topk.
-            load_router(module, self.folder.part(previous), strict=False)
-        elif self.calibrate:
-            try:
-                set_mean_alpha(module, ((problem.q, problem.k) for problem in loader))
-            except ValueError as error:
-                raise RuntimeError(f"layer {run.layer!r}, before step 1: {error}") from error
+        else:
+            self._set_start(run, previous, module, loader)
         for step in range(done, self.steps):
             began = time.perf_counter()
             order = f"{self.seed}/{run.layer}/{run.topk}"
             chosen = draw_batch(order, step, self.batch, len(loader))
+            rate, module.tau = schedule.lr_at(step), schedule.tau_at(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             optimizer.zero_grad()
             loss, relative_error = _backward(module, loader, chosen)
             bad = _what_is_not_finite(module, loss)
@@ -269,12 +333,61 @@ class _Fit(NamedTuple):
                 )
             optimizer.step()
             seconds = time.perf_counter() - began
-            log.add(Row(*run, step + 1, loss, relative_error, self.lr, seconds))
+            log.add(Row(*run, step + 1, loss, relative_error, rate, module.tau, seconds))
             if (step + 1) % self.checkpoint_every == 0 and step + 1 < self.steps:
                 log.sync()
                 self.folder.save_checkpoint(run, module, optimizer, step + 1)
         log.sync()
-        self.folder.finish(run, module)
+        module.tau = own_tau
+        self._judge(run, previous, module, loader)
+
+    def _set_start(
+        self, run: Run, previous: Run | None, module: SLA2Attention, loader: ProblemLoader
+    ) -> None:
+        """What `module` is before its first step, from a new one."""
+        if previous is not None:
+            # strict=False: the two differ in topk.
+            load_router(module, self.folder.trained(previous), strict=False)
+        elif self.calibrate:
+            try:
+                set_mean_alpha(module, ((problem.q, problem.k) for problem in loader))
+            except ValueError as error:
+                raise RuntimeError(f"layer {run.layer!r}, before step 1: {error}") from error
+
+    def _judge(
+        self, run: Run, previous: Run | None, fitted: SLA2Attention, loader: ProblemLoader
+    ) -> None:
+        """Ends a run: writes the router to keep, and how the two compare in hard mode.
+
+        The start is made anew, so that a resumed run needs no more than its checkpoint.
+        """
+        start = copy.deepcopy(fitted)
+        start.reset_parameters()
+        self._set_start(run, previous, start, loader)
+        trained = {"start": copy.deepcopy(start), "fitted": copy.deepcopy(fitted)}
+        errors = []
+        for module in (start, fitted):
+            hard = HardMode(module, loader)
+            if self.refit_alpha:
+                hard.set_best_alpha()
+            errors.append(hard.error())
+        before, after = errors
+        if not (math.isfinite(before) and math.isfinite(after)):
+            raise RuntimeError(
+                f"layer {run.layer!r}, topk={run.topk}, after the last step: the error in hard "
+                "mode is not finite. Look for NaN and infinity in the samples"
+            )
+        worse = after > before
+        kept = "start" if worse and self.keep_better else "fitted"
+        if worse:
+            _LOGGER.warning(
+                "stage 1, layer %r, topk=%s: in hard mode the fitted router's relative error is "
+                "%.4f, that of the router it started from %.4f; %s is kept. More samples, more "
+                "steps or a lower lr may help",
+                *run, after, before, "the start" if kept == "start" else "the fitted one",
+            )  # fmt: skip
+        router = start if kept == "start" else fitted
+        self.folder.finish(run, router, trained[kept], Report(*run, before, after, kept))
 
     def collect(self, recorded: list[RecordedLayer]) -> dict[float, Path]:
         """Writes a router file of all layers for each topk."""
@@ -286,6 +399,9 @@ class _Fit(NamedTuple):
                 load_router(modules[layer.name], self.folder.part(Run(layer.name, fraction)))
             paths[fraction] = self.folder.router(fraction)
             save_router(_assemble(modules), paths[fraction])
+        self.folder.write_report(
+            [Run(layer.name, fraction) for layer in recorded for fraction in self.fractions]
+        )
         return paths
 
 

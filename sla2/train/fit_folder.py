@@ -2,16 +2,22 @@
 
     settings.json             what the numbers depend on; a resumed fit must agree
     layers/<layer>@<topk>.safetensors    a finished run, a router file of one layer
+    layers/<layer>@<topk>.trained.safetensors    the same router with alpha as trained in soft mode,
+                              where the next topk starts
+    layers/<layer>@<topk>.json    how it compares to its start in hard mode
     checkpoint.safetensors    the run in progress: parameters, AdamW's state; metadata `sla2.fit`
                               with layer, topk and the steps that are done
     log.csv                   a row per step, see fit_log
     router_<topk>.safetensors all layers, when everything is done
+    report.csv                the comparisons of all layers, when everything is done
 
 All but the log are written beside their names and renamed, and nothing is a pickle.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -28,7 +34,7 @@ from ..checkpoint import save_router
 from ..files import write_atomically
 from ..module import SLA2Attention
 
-_VERSION = 1
+_VERSION = 2
 _METADATA_KEY = "sla2.fit"
 _ADAM = "adam"
 
@@ -38,6 +44,16 @@ class Run(NamedTuple):
 
     layer: str
     topk: float
+
+
+class Report(NamedTuple):
+    """A line of report.csv: relative errors in hard mode over the samples of the layer."""
+
+    layer: str
+    topk: float
+    error_start: float  # of the router that the run started from
+    error_fitted: float
+    kept: str  # "fitted" or "start": what was written
 
 
 class FitFolder:
@@ -99,10 +115,33 @@ class FitFolder:
         """The router file of all layers."""
         return self.path / f"router_{topk}.safetensors"
 
-    def finish(self, run: Run, layer: SLA2Attention) -> None:
+    def trained(self, run: Run) -> Path:
+        """The router file with alpha as trained."""
+        return self.part(run).with_suffix(".trained.safetensors")
+
+    def finish(
+        self, run: Run, layer: SLA2Attention, trained: SLA2Attention, report: Report
+    ) -> None:
         """Makes the run a finished one. After a crash in between its checkpoint is not used."""
+        data = (json.dumps(report._asdict()) + "\n").encode("utf-8")
+        save_router(trained, self.trained(run))
+        # Before the part, which is what says that the run is finished.
+        write_atomically(self._report(run), lambda temporary: temporary.write_bytes(data))
         save_router(layer, self.part(run))
         self._checkpoint.unlink(missing_ok=True)
+
+    def _report(self, run: Run) -> Path:
+        return self.part(run).with_suffix(".json")
+
+    def write_report(self, runs: Sequence[Run]) -> None:
+        """report.csv, a row for each of the finished `runs`."""
+        rows = [json.loads(self._report(run).read_text("utf-8")) for run in runs]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, Report._fields)
+        writer.writeheader()
+        writer.writerows(rows)
+        data = text.getvalue().encode("utf-8")
+        write_atomically(self.path / "report.csv", lambda temporary: temporary.write_bytes(data))
 
     # ---- the run in progress ------------------------------------------------------------------
 

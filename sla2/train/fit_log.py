@@ -22,6 +22,7 @@ class Row(NamedTuple):
     loss: float  # mean squared error over the batch
     relative_error: float  # ||SLA2 - full|| / ||full|| over the batch
     lr: float
+    tau: float  # SoftTop-k's temperature
     seconds: float
 
 
@@ -65,7 +66,7 @@ class FitLog:
         self._csv.writerow(row)
         self._stream.flush()
         if self._writer is not None:
-            for name in ("loss", "relative_error", "lr"):
+            for name in ("loss", "relative_error", "lr", "tau"):
                 tag = f"{row.layer}/topk_{row.topk}/{name}"
                 self._writer.add_scalar(tag, getattr(row, name), row.step)
         if self._bar is not None:
