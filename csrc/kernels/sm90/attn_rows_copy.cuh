@@ -51,7 +51,7 @@ struct AttnRowCopies {
       const RowTile tile(p.shape, 0, index);
       const int count = sparse_blocks(p, listed);
       const bool linear = has_complement(p, listed);
-      blocks.begin(tile, p.lut + static_cast<int64_t>(index) * p.max_kv_blocks, count);
+      blocks.begin(p.lut + static_cast<int64_t>(index) * p.max_kv_blocks, count);
       index += gridDim.x;
       if (index < tiles) listed = p.counts[index];
       // What else is loaded goes out as soon as no wait for its place holds up the ring: when the

@@ -48,7 +48,7 @@ struct BwdRowCopies {
     while (index < tiles) {
       const RowTile tile(p.shape, p.bh_begin, index);
       const int count = sparse_blocks(p, listed);
-      blocks.begin(tile, p.lut + list(tile) * p.max_kv_blocks, count);
+      blocks.begin(p.lut + list(tile) * p.max_kv_blocks, count);
       index += gridDim.x;
       if (p.branch != SLA2_BRANCH_LINEAR) {
         auto& ring = blocks.ring;

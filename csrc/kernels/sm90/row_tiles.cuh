@@ -60,12 +60,7 @@ __device__ __forceinline__ void load_state(const char* target, const CUtensorMap
   }
 }
 
-// One thread: K and V of the listed blocks of one query block after another. The CTAs pass through
-// a head's keys together, once for each wave of query blocks. Always from the first to the last,
-// a head longer than L2 (38.7 MB at 75600 tokens) would leave it before it is wanted again, and
-// come from memory in every wave; so every other kTurn query blocks go backwards. The last entry is
-// the last in either case: it alone may be a short block.
-constexpr int kTurn = 132;  // CTAs; a constant, as results depend on the order
+// One thread: K and V of the listed blocks of one query block after another.
 template <class C>
 struct KeyBlockCopies {
   const CUtensorMap& k;
@@ -75,28 +70,23 @@ struct KeyBlockCopies {
   const uint16_t* list = nullptr;
   int count = 0, done = 0;  // of the list
   int next = 0;             // its entry `done`
-  bool backwards = false;
 
   __device__ __forceinline__ uint32_t full() const { return smem_address(&smem.full[ring.stage]); }
   __device__ __forceinline__ void acquire() const {
     mbarrier_wait(smem_address(&smem.empty[ring.stage]), ring.parity ^ 1);
   }
 
-  __device__ __forceinline__ int entry(int i) const {
-    return list[backwards && i < count - 1 ? count - 2 - i : i];
-  }
-  __device__ __forceinline__ void begin(const RowTile& tile, const uint16_t* entries, int length) {
+  __device__ __forceinline__ void begin(const uint16_t* entries, int length) {
     list = entries;
     count = length;
     done = 0;
-    backwards = tile.block / kTurn % 2 != 0;
-    next = count > 0 ? entry(0) : 0;
+    next = count > 0 ? list[0] : 0;
   }
   __device__ __forceinline__ void load_until(const RowTile& tile, int end) {
 #pragma unroll 1
     for (; done < end; ++done) {
       const int key = next * kBlockK;
-      if (done + 1 < count) next = entry(done + 1);  // its latency is the wait's
+      if (done + 1 < count) next = list[done + 1];  // its latency is the wait's
       acquire();
       smem.key[ring.stage] = key;
       mbarrier_expect(full(), 2 * C::kKeyBytes);
