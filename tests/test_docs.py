@@ -98,8 +98,14 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
         for line in lines:
             for part in re.split(r"&&|\|", line):
                 words = shlex.split(part, comments=True)
-                if program in words:  # the last one: a profiler's own arguments come before it
-                    start = len(words) - words[::-1].index(program)
+                # The last one: a profiler's own arguments come before it. An option's value is none.
+                places = [
+                    i
+                    for i, word in enumerate(words)
+                    if word == program and (i == 0 or words[i - 1] != "--attention")
+                ]
+                if places:
+                    start = places[-1] + 1
                     found.append((short(path), words[start:]))
     return found
 
