@@ -98,7 +98,7 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
         for line in lines:
             for part in re.split(r"&&|\|", line):
                 words = shlex.split(part, comments=True)
-                # The last one: a profiler's own arguments come before it. An option's value is none.
+                # The last one, as a profiler's arguments come before it; no value of an option.
                 places = [
                     i
                     for i, word in enumerate(words)
