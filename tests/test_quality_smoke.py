@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Iterator
@@ -22,9 +23,18 @@ from quality import flow, report, run
 from quality.clips import HELD_OUT, TRAIN, Clips
 from quality.flow import HeldOut, draw_batch, evaluate, learning_rate, train
 from quality.model import VideoDiT, load_model, use_sla2, write_model
-from quality.results import BadResults, Spread, differences, gather, outcomes, read_results
+from quality.results import (
+    BadResults,
+    Spread,
+    differences,
+    gather,
+    layer_fits,
+    outcomes,
+    read_results,
+    still_identity,
+)
 from quality.sla import SLAAttention, linear_attention
-from quality.study import QUANT, SMOKE, VARIANTS, Study, sla2_layers
+from quality.study import QUANT, SMOKE, VARIANTS, LayerFit, Study, sla2_layers
 
 CPU = torch.device("cpu")
 SIZE = (3, 16, 24)
@@ -69,7 +79,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run.main([*start, "--minutes", "0"]) == 3
     patch = pytest.MonkeyPatch()
     with patch.context() as context:
-        context.setattr(Study, "_calibrate_identity", interrupt)
+        context.setattr(Study, "_refit_identity", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run.main(start)
     assert not (output / "stage1.json").exists()
@@ -130,21 +140,57 @@ def test_unknown_parts_are_refused(folder: Path, capsys: pytest.CaptureFixture[s
 def test_variants_are_what_they_say(folder: Path) -> None:
     study = Study(folder, SMOKE, CPU, None)
     built = {variant.name: study.build(variant) for variant in VARIANTS}
+    fits = layer_fits(read_results(folder / "quality.json"))
     assert not list(sla2_layers(built["full"])) and not list(sla2_layers(built["sla"]))
     for name, topk in (("sla2-low", 0.15), ("sla2-mid", 0.10), ("sla2", 0.05)):
-        for layer in sla2_layers(built[name]):
+        unlearned = still_identity(fits, topk)
+        for index, layer in enumerate(sla2_layers(built[name])):
             assert (layer.topk, layer.quant, layer.stage) == (topk, QUANT, 2)
-            assert bool(layer.proj_q_delta.any()) and not layer.proj_q_delta.requires_grad
+            learned = f"blocks.{index}.attn" not in unlearned
+            assert bool(layer.proj_q_delta.any()) == learned
+            assert not layer.proj_q_delta.requires_grad
             assert bool(layer.alpha_offset.any()) and layer.alpha_offset.requires_grad
     for layer in sla2_layers(built["topk-router"]):
         assert not layer.proj_q_delta.any() and bool(layer.alpha_offset.any())
-    for layer in sla2_layers(built["fixed-alpha"]):
-        assert bool(layer.proj_q_delta.any()) and not layer.alpha_offset.any()
-        assert not layer.alpha_offset.requires_grad
+    for layer, same in zip(
+        sla2_layers(built["fixed-alpha"]), sla2_layers(built["sla2"]), strict=True
+    ):
+        assert torch.equal(layer.proj_q_delta, same.proj_q_delta)
+        assert not layer.alpha_offset.any() and not layer.alpha_offset.requires_grad
     names = [group["name"] for group in study._groups(built["fixed-alpha"])]
     assert names == ["model"]
     rates = [group["lr"] for group in study._groups(built["sla"])]
     assert rates == [SMOKE.lr, SMOKE.lr_extra]
+
+
+def test_stage1_is_recorded_by_layer(folder: Path) -> None:
+    results = read_results(folder / "quality.json")
+    fits = layer_fits(results)
+    names = [f"blocks.{index}.attn" for index in range(SMOKE.depth)]
+    assert [(fit.layer, fit.topk) for fit in fits] == [(n, t) for n in names for t in SMOKE.topk]
+    with (folder / "stage1" / "fit" / "report.csv").open(newline="") as stream:
+        for fit, row in zip(fits, csv.DictReader(stream), strict=True):
+            assert row == {name: str(getattr(fit, name)) for name in row}
+    for fit in fits:
+        if fit.topk == SMOKE.topk[0]:
+            # The fit starts from the identity: both have the same refitted alpha.
+            assert fit.error_identity == pytest.approx(fit.error_start, rel=1e-6)
+
+
+def test_a_router_is_the_identity_until_a_fit_is_kept() -> None:
+    kept = {
+        "never": ("start", "start", "start"),
+        "last": ("start", "start", "fitted"),
+        "first": ("fitted", "start", "start"),
+    }
+    shares = (0.3, 0.2, 0.1)
+    fits = [
+        LayerFit(layer, topk, 0.5, 0.5, 0.5, which)
+        for layer, choices in kept.items()
+        for topk, which in zip(shares, choices, strict=True)
+    ]
+    found = [still_identity(fits, topk) for topk in shares]
+    assert found == [["never", "last"], ["never", "last"], ["never"]]
 
 
 # ---- the document -------------------------------------------------------------------------------
@@ -168,7 +214,22 @@ def test_the_document_shows_the_results(folder: Path, tmp_path: Path) -> None:
     apart = report._signed(differences(results, ("sla2", QUANT), ("full", "none")))
     row = f"{spread.mean:.5f} ± {spread.deviation:.5f} | {apart}"
     assert row in text
+    assert "### Stage 1 by layer" in text and "fit of stage 1 as it was before" not in text
+    for fit in layer_fits(results):
+        errors = f"{fit.error_identity:.4f} | {fit.error_start:.4f} | {fit.error_fitted:.4f}"
+        assert f"| `{fit.layer}` | {report._sparsity(fit.topk)} | {errors} | {fit.kept} |" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+
+
+def test_results_without_stage1_by_layer_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    path, page = tmp_path / "quality.json", tmp_path / "quality.md"
+    results = json.loads((folder / "quality.json").read_text())
+    del results["stage1"]["layers"]
+    path.write_text(json.dumps(results))
+    assert run.main(["--report", "--results", str(path), "--document", str(page)]) == 0
+    text = page.read_text()
+    assert "### Stage 1 by layer" not in text and "fit of stage 1 as it was before" in text
+    assert "alpha by eq. 7 on the samples" in " ".join(text.split())
 
 
 def test_without_results_the_document_says_so(tmp_path: Path) -> None:
@@ -190,7 +251,19 @@ def test_broken_results_are_refused(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "quality.json"
     results = json.loads((folder / "quality.json").read_text())
     short = {**results, "pieces": results["pieces"][1:]}
-    cases: list[Any] = ["no json", [], short, {"settings": {}}]
+    layers = results["stage1"]["layers"]
+    cases: list[Any] = ["no json", [], short, {"settings": {}}, {**results, "stage1": []}]
+    cases += [
+        {**results, "stage1": {"layers": other}}
+        for other in (
+            layers[1:],
+            [*layers, layers[0]],
+            [*layers[1:], {**layers[0], "kept": "neither"}],
+            [*layers[1:], {**layers[0], "error_start": float("nan")}],
+            [*layers[1:], {**layers[0], "error_start": None}],
+            [*layers[1:], {"layer": "blocks.0.attn"}],
+        )
+    ]
     for broken in cases:
         path.write_text(broken if isinstance(broken, str) else json.dumps(broken))
         with pytest.raises(BadResults, match=r"quality\.json"):

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from quality.clips import HELD_OUT, TRAIN
-from quality.results import Results, Spread, differences, values
-from quality.study import QUANT, VARIANTS, Settings, Variant
+from quality.results import Results, Spread, differences, layer_fits, still_identity, values
+from quality.study import QUANT, VARIANTS, LayerFit, Settings, Variant
 
 WIDTH = 120  # columns of the documents
 
@@ -34,6 +34,11 @@ python bench/quality/run.py --output quality
 `--smoke` runs the whole chain at toy size on a CPU; its numbers mean nothing. `quality.json` in
 that folder, kept as `bench/results/h200_quality.json`, becomes this section with
 `python bench/quality/run.py --report`.
+"""
+
+FIT_BEFORE = """
+These numbers were made with the fit of stage 1 as it was before: constant rate and temperature,
+alpha as trained in soft mode, and for the router that is not learned alpha by eq. 7.
 """
 
 READING = """
@@ -64,6 +69,29 @@ the difference of the held-out losses: "seen" is below zero for every seed, "opp
 for every seed, "undecided" neither.
 """
 
+STAGE1_COLUMNS = ("layer", "sparsity", "identity", "start", "fitted", "kept")
+
+STAGE1_READING = """
+The relative error of SLA2 in hard mode against full attention, unquantised, over the samples of the
+fit. Each router has the alpha with the smallest error. Identity: the router that is not learned.
+Start: what the fit started from, at first the identity, then the router of the sparsity before.
+Kept: the one of start and fitted with the smaller error; it is the learned router of stage 2.
+{still}
+"""
+
+# By whether stage 1 is recorded by layer: the fit as it is, and as it was before.
+RECIPES = {
+    True: """
+    Rate and temperature fall over the steps; then alpha is refitted in hard mode, and of the fitted
+    router and the one it started from the one with the smaller error in hard mode is kept.
+    """,
+    False: "Rate and temperature were constant, and alpha was left as trained in soft mode.",
+}
+IDENTITY_ALPHA = {
+    True: "alpha refitted in hard mode on the samples of stage 1, as it is for the learned router",
+    False: "alpha by eq. 7 on the samples of stage 1",
+}
+
 METHOD = (
     """
     **Data.** Clips of {frames} frames of {width} x {height} pixels, made from photographs that
@@ -79,8 +107,8 @@ METHOD = (
     """,
     """
     **Stage 1.** q, k, v of {samples} calls of every layer at as many timesteps, on training clips,
-    and `fit_router` at {shares}, {stage1_steps} steps each ([training.md](training.md)). One fit
-    serves all seeds.
+    and `fit_router` at {shares}, {stage1_steps} steps each ([training.md](training.md)). {recipe}
+    One fit serves all seeds.
     """,
     """
     **Stage 2.** {steps} steps of {batch} clips, all weights, AdamW at {lr:g} (alpha, and SLA's
@@ -94,11 +122,11 @@ METHOD = (
     """,
     """
     **Variants**, at {fewest} sparsity. Without QAT: fine-tuned in 16 bit, then evaluated in {quant}
-    and, for comparison, as it was trained. Top-k router: identity projections, alpha calibrated on
-    the samples of stage 1. Alpha fixed: 0.85 for all heads and query blocks, never calibrated or
-    trained, beside the learned router. SLA: the identity router; the output of linear attention
-    over all tokens goes through a projection that is zero at the start and is added to the sparse
-    branch. It stays in 16 bit, for it has no low-bit form.
+    and, for comparison, as it was trained. Top-k router: identity projections, {identity_alpha}.
+    Alpha fixed: 0.85 for all heads and query blocks, neither fitted nor trained, beside the learned
+    router. SLA: the identity router; the output of linear attention over all tokens goes through a
+    projection that is zero at the start and is added to the sparse branch. It stays in 16 bit, for
+    it has no low-bit form.
     """,
     """
     **Limits.** The model is small and has seen few photographs. Differences between variants say
@@ -109,7 +137,7 @@ METHOD = (
 
 def document(results: Results | None, source: str = "") -> str:
     """The whole text of docs/quality.md. source: the file that `results` were read from."""
-    settings, section = Settings(), NOT_MEASURED
+    settings, section, recorded = Settings(), NOT_MEASURED, True
     if results is not None:
         saved: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
@@ -117,7 +145,8 @@ def document(results: Results | None, source: str = "") -> str:
         }
         settings = Settings(**saved)
         section = _measured(results, settings, source)
-    return "\n".join((TITLE, _wrap(PURPOSE), section, _method(settings)))
+        recorded = bool(layer_fits(results))
+    return "\n".join((TITLE, _wrap(PURPOSE), section, _method(settings, recorded)))
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -137,6 +166,7 @@ def _measured(results: Results, settings: Settings, source: str) -> str:
     for claim, first, second in CLAIMS:
         found = differences(results, first, second)
         claims.append((claim, _signed(found), _verdict(found)))
+    fits = layer_fits(results)
     return "\n".join(
         (
             "## Results",
@@ -144,12 +174,36 @@ def _measured(results: Results, settings: Settings, source: str) -> str:
             f"**{results['gpu']}**, {str(results['date'])[:10]}, commit {', '.join(commits)},",
             f"{versions}; `{results['command']}`, `{source}`.",
             "",
+            *([] if fits else [_wrap(FIT_BEFORE)]),
             _wrap(READING.format(base=base["loss"], seeds=settings.seeds)),
             _table(COLUMNS, rows, left=(0, 2, 3)),
             _wrap(CLAIMS_READING),
             _table(("claim", "difference", ""), claims, left=(0, 2)),
+            *(_stage1(fits, settings) if fits else []),
         )
     )
+
+
+def _stage1(fits: list[LayerFit], settings: Settings) -> list[str]:
+    fewest = settings.topk[-1]
+    count = len(still_identity(fits, fewest))
+    still = f"At {_sparsity(fewest)} sparsity the learned router is the identity in "
+    still += f"{count or 'none'} of the {settings.depth} layers."
+    rows = [
+        (
+            f"`{fit.layer}`",
+            _sparsity(fit.topk),
+            *(f"{x:.4f}" for x in (fit.error_identity, fit.error_start, fit.error_fitted)),
+            fit.kept,
+        )
+        for fit in fits
+    ]
+    return [
+        "### Stage 1 by layer",
+        "",
+        _wrap(STAGE1_READING.format(still=still)),
+        _table(STAGE1_COLUMNS, rows, left=(0, 5)),
+    ]
 
 
 def _row(results: Results, settings: Settings, variant: Variant, quant: str) -> tuple[str, ...]:
@@ -203,7 +257,7 @@ def _verdict(found: list[float]) -> str:
 # ---- method -------------------------------------------------------------------------------------
 
 
-def _method(s: Settings) -> str:
+def _method(s: Settings, recorded: bool) -> str:
     frames, height, width = s.grid
     tokens = frames * height * width
     blocks = -(-tokens // 64)
@@ -218,6 +272,8 @@ def _method(s: Settings) -> str:
         "shares": _listed([f"{x:g}" for x in s.topk]),
         "fewest": _sparsity(s.topk[-1]),
         "quant": QUANT,
+        "recipe": RECIPES[recorded],
+        "identity_alpha": IDENTITY_ALPHA[recorded],
         "train": _photographs(TRAIN),
         "held_out": _photographs(HELD_OUT),
     }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from quality.clips import HELD_OUT, TRAIN
-from quality.study import VARIANTS, Settings, Study
+from quality.study import VARIANTS, LayerFit, Settings, Study
 from sla2.cli.files import write_json
 
 Results = dict[str, Any]
+
+KEPT = ("start", "fitted")  # what report.csv of a fit says
 
 
 class BadResults(Exception):
@@ -70,9 +73,25 @@ def read_results(path: Path) -> Results:
         for variant in VARIANTS:
             if len(outcomes(results, variant.name)) < 2:
                 raise BadResults(f"{path} lacks seeds of {variant.name}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (reason := _what_is_wrong(layer_fits(results), results["settings"])) is not None:
+            raise BadResults(f"{path}: its stage 1 {reason}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadResults(f"{path} is no quality.json: {error!r}") from error
     return dict(results)
+
+
+def _what_is_wrong(fits: list[LayerFit], settings: dict[str, Any]) -> str | None:
+    for topk in settings["topk"] if fits else ():
+        own = {fit.layer for fit in fits if fit.topk == topk}
+        if len(own) != settings["depth"]:
+            return f"has {len(own)} of {settings['depth']} layers at {topk}"
+    if len(fits) != len({(fit.layer, fit.topk) for fit in fits}):
+        return "has a layer twice"
+    for fit in fits:
+        errors = (fit.error_identity, fit.error_start, fit.error_fitted)
+        if not all(math.isfinite(error) for error in errors) or fit.kept not in KEPT:
+            return f"has {fit}"
+    return None
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -87,6 +106,21 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         return cls(statistics.fmean(values), statistics.stdev(values))
+
+
+def layer_fits(results: Results) -> list[LayerFit]:
+    """Stage 1 by layer and topk.
+
+    Empty where stage1.json does not have it: then the fit was one at a constant rate and
+    temperature, with alpha as trained in soft mode, and the identity had alpha by eq. 7.
+    """
+    return [LayerFit(**fit) for fit in results["stage1"].get("layers", ())]
+
+
+def still_identity(fits: list[LayerFit], topk: float) -> list[str]:
+    """The layers whose learned router at `topk` is the identity: no fit so far was kept."""
+    learned = {fit.layer for fit in fits if fit.topk >= topk and fit.kept == "fitted"}
+    return [fit.layer for fit in fits if fit.topk == topk and fit.layer not in learned]
 
 
 def outcomes(results: Results, variant: str) -> list[Any]:

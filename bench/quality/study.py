@@ -5,12 +5,13 @@ Every part leaves its files in the output folder and is skipped where they are t
 
 from __future__ import annotations
 
+import csv
 import shutil
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,7 +31,9 @@ from quality.model import (
 from quality.sla import SLAAttention
 from sla2.cli.device import provenance
 from sla2.cli.files import write_json
-from sla2.train import QKVRecorder, calibrate_alpha, fit_router, read_samples
+from sla2.train import QKVRecorder, fit_router
+from sla2.train.fit_data import ProblemLoader, scan_layers
+from sla2.train.hard_mode import HardMode
 
 QUANT = "int8_fp8"
 LOSS_TAIL = 50  # training losses that are averaged for the record
@@ -49,7 +52,7 @@ class Settings:
     base_steps: int = 3000
     base_lr: float = 5e-4
     topk: tuple[float, ...] = (0.10, 0.05, 0.03)
-    samples: int = 12
+    samples: int = 24
     stage1_steps: int = 300
     stage1_lr: float = 1e-3
     steps: int = 400
@@ -93,6 +96,20 @@ VARIANTS = (
     Variant("fixed-alpha", "SLA2, alpha fixed", learned_alpha=False),
     Variant("sla", "SLA", method="sla", trained_in="none", evaluated_in=("none",)),
 )
+
+
+class LayerFit(NamedTuple):
+    """Stage 1 of one layer at one topk: relative errors in hard mode over the fit's samples.
+
+    Every router has the alpha with the least error.
+    """
+
+    layer: str
+    topk: float
+    error_identity: float  # of the router that is not learned
+    error_start: float  # of the router that the fit started from
+    error_fitted: float
+    kept: str  # "start" or "fitted"
 
 
 class Study:
@@ -144,19 +161,24 @@ class Study:
     # ---- stage 1 --------------------------------------------------------------------------------
 
     def fit_stage1(self) -> None:
-        """Records q, k, v of the base model on training clips; fits a router for every topk."""
+        """Records q, k, v of the base model on training clips; fits a router for every topk.
+
+        The learned routers are what `fit_router` gives by default: where its steps have not
+        lowered the error in hard mode that is the router it started from, at worst the identity.
+        """
         report = self.folder / "stage1.json"
         if report.exists():
             return
         s = self.settings
         samples, done = self._stage1 / "samples", self._stage1 / "recorded"
+        fit = self._stage1 / "fit"
         if not done.exists():
             shutil.rmtree(self._stage1, ignore_errors=True)
             self._record(samples)
             done.touch()
         routers = fit_router(
             samples,
-            self._stage1 / "fit",
+            fit,
             topk=s.topk,
             steps=s.stage1_steps,
             lr=s.stage1_lr,
@@ -166,8 +188,20 @@ class Study:
         )
         for topk, path in routers.items():
             shutil.copyfile(path, self.router_file(topk))
-        self._calibrate_identity(samples)
-        self._keep(report)
+        identity = self._refit_identity(samples)
+        with (fit / "report.csv").open(newline="", encoding="utf-8") as stream:
+            layers = [
+                LayerFit(
+                    layer=row["layer"],
+                    topk=float(row["topk"]),
+                    error_identity=identity[row["layer"], float(row["topk"])],
+                    error_start=float(row["error_start"]),
+                    error_fitted=float(row["error_fitted"]),
+                    kept=row["kept"],
+                )
+                for row in csv.DictReader(stream)
+            ]
+        self._keep(report, layers=[layer._asdict() for layer in layers])
         shutil.rmtree(samples)  # 21 MB for each layer and sample at the default sizes
 
     def router_file(self, topk: float, *, learned: bool = True) -> Path:
@@ -189,16 +223,23 @@ class Study:
                 recorder.step(t)
                 model(clip, t)
 
-    def _calibrate_identity(self, samples: Path) -> None:
-        """The router that is not learned, with alpha from the same samples (eq. 7)."""
-        topk = self.settings.topk[-1]
-        model = load_model(self._base, self.device)
-        use_sla2(model, topk=topk, quant=QUANT)
-        for name in attention_names(model):
-            layer = model.get_submodule(name)
-            assert isinstance(layer, sla2.SLA2Attention)
-            calibrate_alpha(layer, read_samples(samples, name))
-        sla2.save_router(model, self.router_file(topk, learned=False))
+    def _refit_identity(self, samples: Path) -> dict[tuple[str, float], float]:
+        """The router that is not learned, with alpha refitted as that of the learned ones is.
+
+        Returns its error in hard mode for each layer and topk.
+        """
+        errors = {}
+        for topk in self.settings.topk:
+            model = load_model(self._base, self.device)
+            use_sla2(model, topk=topk, quant=QUANT)
+            for recorded in scan_layers(samples, attention_names(model)):
+                layer = model.get_submodule(recorded.name)
+                assert isinstance(layer, sla2.SLA2Attention)
+                hard = HardMode(layer, ProblemLoader(recorded, self.device, None, 0))
+                hard.set_best_alpha()
+                errors[recorded.name, topk] = hard.error()
+            sla2.save_router(model, self.router_file(topk, learned=False))
+        return errors
 
     # ---- stage 2 --------------------------------------------------------------------------------
 
