@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import statistics
 import sys
 from pathlib import Path
 
@@ -47,13 +48,21 @@ def record(model: VideoDiT, folder: Path, samples: int, dtype: torch.dtype) -> N
             model(clip, t)
 
 
-def last_errors(log: Path) -> dict[tuple[str, str], float]:
-    """(topk, layer) -> relative error of the last step."""
-    with log.open(newline="", encoding="utf-8") as stream:
-        return {
-            (row["topk"], row["layer"]): float(row["relative_error"])
-            for row in csv.DictReader(stream)
-        }
+def print_errors(report: Path, routers: dict[float, Path]) -> None:
+    """Relative errors in hard mode, over the recorded samples, in the mean over layers."""
+    with report.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    for topk, path in routers.items():
+        own = [row for row in rows if float(row["topk"]) == topk]
+        start, fitted = (
+            statistics.fmean(float(row[name]) for row in own)
+            for name in ("error_start", "error_fitted")
+        )
+        kept = sum(row["kept"] == "start" for row in own)
+        print(
+            f"topk {topk:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; "
+            f"{kept} of {len(own)} layers kept the start; {path}"
+        )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -84,10 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         device=device,
         resume=True,
     )
-    errors = last_errors(fit / "log.csv")
-    for topk, path in routers.items():
-        own = [error for (fraction, _), error in errors.items() if float(fraction) == topk]
-        print(f"topk {topk:g}: relative error {sum(own) / len(own):.3f}, mean of layers; {path}")
+    print_errors(fit / "report.csv", routers)
     return 0
 
 

@@ -114,7 +114,15 @@ def test_stage1_goes_on(trained: Run, capsys: pytest.CaptureFixture[str]) -> Non
     before = trained.router.read_bytes()
     assert fit_stage1.main(trained.stage1) == 0
     assert trained.router.read_bytes() == before
-    assert f"topk {TOPK:g}: relative error 0." in capsys.readouterr().out
+    with (trained.router.parent / "report.csv").open(newline="") as stream:
+        own = [row for row in csv.DictReader(stream) if row["topk"] == str(TOPK)]
+    assert len(own) == 2
+    start, fitted = (sum(float(row[f"error_{x}"]) for row in own) / 2 for x in ("start", "fitted"))
+    kept = [row["kept"] for row in own].count("start")
+    assert (
+        f"topk {TOPK:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; {kept} of 2 "
+        f"layers kept the start; {trained.router}\n"
+    ) in capsys.readouterr().out
 
 
 def test_a_resumed_run_gives_the_same_bits(

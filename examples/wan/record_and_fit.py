@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import gc
-import math
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,15 +79,21 @@ def bytes_on_disk(options: argparse.Namespace, device: torch.device) -> int:
     return one * options.samples * config["num_layers"]
 
 
-def print_errors(log: Path, routers: dict[float, Path]) -> None:
-    """The last step's relative error, in the mean over layers."""
-    last: dict[tuple[str, str], float] = {}
-    with log.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            last[row["topk"], row["layer"]] = float(row["relative_error"])
+def print_errors(report: Path, routers: dict[float, Path]) -> None:
+    """Relative errors in hard mode, over the recorded samples, in the mean over layers."""
+    with report.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
     for topk, path in routers.items():
-        errors = [error for (share, _), error in last.items() if float(share) == topk]
-        print(f"topk {topk:g}: relative error {math.fsum(errors) / len(errors):.3f}; {path}")
+        own = [row for row in rows if float(row["topk"]) == topk]
+        start, fitted = (
+            statistics.fmean(float(row[name]) for row in own)
+            for name in ("error_start", "error_fitted")
+        )
+        kept = sum(row["kept"] == "start" for row in own)
+        print(
+            f"topk {topk:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; "
+            f"{kept} of {len(own)} layers kept the start; {path}"
+        )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -126,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=True,
         progress=options.progress,
     )
-    print_errors(fit / "log.csv", routers)
+    print_errors(fit / "report.csv", routers)
     return 0
 
 
