@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from mutation import FAULTS, REPOSITORY, Fault, patched
+from mutation import REPOSITORY, patched
+from mutation_faults import FAULTS, Fault
 
 
 def test_names_are_distinct() -> None:
