@@ -13,7 +13,6 @@ own the steps are the same: run it on its own data at timesteps from all over th
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ from quality.flow import autocast, draw_batch
 from quality.model import VideoDiT, attention_names, load_model
 
 import sla2
-from sla2.train import QKVRecorder, fit_router
+from sla2.train import QKVRecorder, fit_router, read_report
 
 
 @torch.no_grad()
@@ -48,17 +47,14 @@ def record(model: VideoDiT, folder: Path, samples: int, dtype: torch.dtype) -> N
             model(clip, t)
 
 
-def print_errors(report: Path, routers: dict[float, Path]) -> None:
+def print_errors(fit: Path, routers: dict[float, Path]) -> None:
     """Relative errors in hard mode, over the recorded samples, in the mean over layers."""
-    with report.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    report = read_report(fit)
     for topk, path in routers.items():
-        own = [row for row in rows if float(row["topk"]) == topk]
-        start, fitted = (
-            statistics.fmean(float(row[name]) for row in own)
-            for name in ("error_start", "error_fitted")
-        )
-        kept = sum(row["kept"] == "start" for row in own)
+        own = [row for row in report if row.topk == topk]
+        start = statistics.fmean(row.error_start for row in own)
+        fitted = statistics.fmean(row.error_fitted for row in own)
+        kept = sum(row.kept == "start" for row in own)
         print(
             f"topk {topk:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; "
             f"{kept} of {len(own)} layers kept the start; {path}"
@@ -93,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         device=device,
         resume=True,
     )
-    print_errors(fit / "report.csv", routers)
+    print_errors(fit, routers)
     return 0
 
 

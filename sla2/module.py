@@ -156,13 +156,14 @@ class SLA2Attention(nn.Module):
         return self._identity() + self.proj_k_delta
 
     @property
-    def _initial_logit(self) -> float:
+    def initial_logit(self) -> float:
+        """logit(alpha_init): what alpha_offset is added to."""
         return math.log(self.alpha_init / (1.0 - self.alpha_init))
 
     @property
     def alpha_logit(self) -> Tensor:
         """(H, T_m), (T_m,) or (H, N)."""
-        return self._initial_logit + self.alpha_offset
+        return self.initial_logit + self.alpha_offset
 
     # ---- stages -------------------------------------------------------------------------------
 
@@ -256,26 +257,29 @@ class SLA2Attention(nn.Module):
                 q, k = q.transpose(1, 2), k.transpose(1, 2)
             alpha = self._pool_alpha(_selected_mass(q, k, block_map))
         alpha = alpha.clamp(_ALPHA_MARGIN, 1.0 - _ALPHA_MARGIN)
-        self.alpha_offset.copy_(torch.logit(alpha) - self._initial_logit)
+        self.alpha_offset.copy_(torch.logit(alpha) - self.initial_logit)
 
     def _pool_alpha(self, mass: Tensor) -> Tensor:
         """Mass per row (H, N) -> one mean for each entry of alpha."""
-        heads, tokens = mass.shape
-        if self.alpha_offset.shape == mass.shape and tokens != num_q_blocks(tokens):
-            return mass
-        blocks = num_q_blocks(tokens)
-        padded = torch.nn.functional.pad(mass, (0, blocks * BLOCK_Q - tokens))
-        total = padded.view(heads, blocks, BLOCK_Q).sum(-1)  # no atomics: the same bits every time
-        rows = total.new_full((blocks,), BLOCK_Q)
-        rows[-1] = tokens - (blocks - 1) * BLOCK_Q
-        mean = total / rows
-        return mean if self.alpha_offset.dim() == 2 else mean.mean(0)
+        shape = self.alpha_offset.shape
+        return sum_alpha_rows(mass, shape) / sum_alpha_rows(torch.ones_like(mass), shape)
 
     def extra_repr(self) -> str:
         return (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, seq_len={self.seq_len}, "
             f"topk={self.topk}, quant={self.quant!r}, stage={self.stage}"
         )
+
+
+def sum_alpha_rows(x: Tensor, shape: torch.Size) -> Tensor:
+    """Sums of x (H, N) over the rows that share an entry of an alpha of `shape`."""
+    heads, tokens = x.shape
+    if x.shape == shape:  # one for each token; of a single one it is the same
+        return x
+    blocks = num_q_blocks(tokens)
+    padded = torch.nn.functional.pad(x, (0, blocks * BLOCK_Q - tokens))
+    total = padded.view(heads, blocks, BLOCK_Q).sum(-1)  # no atomics: the same bits every time
+    return total if len(shape) == 2 else total.sum(0)
 
 
 def _selected_mass(q: Tensor, k: Tensor, block_map: BlockMap) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from pathlib import Path
@@ -15,15 +14,10 @@ from fit_cases import FRACTIONS, PLAIN, SMALL, D, H, N, random_samples, read_log
 from torch import Tensor
 
 from sla2 import SLA2Attention, load_router
-from sla2.train import fit, fit_router
+from sla2.train import fit, fit_router, read_report
 from sla2.train.fit_data import Problem, ProblemLoader, draw_batch, full_attention
 from sla2.train.hard_mode import HardMode
 from sla2.train.schedule import Schedule
-
-
-def read_report(output: Path) -> list[dict[str, str]]:
-    with (output / "report.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 def relative_error(layer: SLA2Attention, problems: list[list[Tensor]]) -> float:
@@ -156,12 +150,12 @@ def test_never_worse_than_the_start(tmp_path: Path) -> None:
     folder = record(tmp_path / "samples", {"x": problems})
     paths = fit_router(folder, tmp_path / "out", **{**SMALL, "steps": 20, "lr": 0.01})
     for topk, row in zip(FRACTIONS, read_report(tmp_path / "out"), strict=True):
-        assert (row["layer"], row["topk"]) == ("x", str(topk))
+        assert (row.layer, row.topk) == ("x", topk)
         layer = SLA2Attention(H, D, seq_len=N, topk=topk)
         load_router(layer, tmp_path / "out" / "layers" / f"x@{topk}.safetensors")
         written = relative_error(layer, problems)
-        errors = {kept: float(row[f"error_{kept}"]) for kept in ("start", "fitted")}
-        assert written == pytest.approx(errors[row["kept"]], rel=1e-4)
+        errors = {"start": row.error_start, "fitted": row.error_fitted}
+        assert written == pytest.approx(errors[row.kept], rel=1e-4)
         assert written == pytest.approx(min(errors.values()), rel=1e-4)
         identity = SLA2Attention(H, D, seq_len=N, topk=topk)
         for q, k, _ in problems[:1]:
@@ -184,7 +178,7 @@ def test_a_worse_router_is_named(
     kept = "start" if keep_better else "fitted"
     assert "layer 'x', topk=0.8:" in warning and "error is 0.3000" in warning
     assert ("the start is kept" in warning) == keep_better
-    assert [row["kept"] for row in read_report(tmp_path / "out")] == [kept, "fitted"]
+    assert [row.kept for row in read_report(tmp_path / "out")] == [kept, "fitted"]
     first = SLA2Attention(H, D, seq_len=N, topk=0.8)
     trained = SLA2Attention(H, D, seq_len=N, topk=0.8)
     layers = tmp_path / "out" / "layers"
@@ -215,3 +209,8 @@ def test_errors_that_are_not_finite(tmp_path: Path) -> None:
     options = {**SMALL, "topk": (0.4,), "steps": 1, "batch": 1}
     with pytest.raises(RuntimeError, match=r"'x', topk=0.4, after the last step.* not finite"):
         fit_router(folder, tmp_path / "out", **options)
+
+
+def test_a_folder_without_a_report_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"report\.csv"):
+        read_report(tmp_path)

@@ -5,7 +5,6 @@ Every part leaves its files in the output folder and is skipped where they are t
 
 from __future__ import annotations
 
-import csv
 import shutil
 import statistics
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from quality.model import (
 from quality.sla import SLAAttention
 from sla2.cli.device import provenance
 from sla2.cli.files import write_json
-from sla2.train import QKVRecorder, fit_router
+from sla2.train import QKVRecorder, fit_router, read_report
 from sla2.train.fit_data import ProblemLoader, scan_layers
 from sla2.train.hard_mode import HardMode
 
@@ -189,18 +188,10 @@ class Study:
         for topk, path in routers.items():
             shutil.copyfile(path, self.router_file(topk))
         identity = self._refit_identity(samples)
-        with (fit / "report.csv").open(newline="", encoding="utf-8") as stream:
-            layers = [
-                LayerFit(
-                    layer=row["layer"],
-                    topk=float(row["topk"]),
-                    error_identity=identity[row["layer"], float(row["topk"])],
-                    error_start=float(row["error_start"]),
-                    error_fitted=float(row["error_fitted"]),
-                    kept=row["kept"],
-                )
-                for row in csv.DictReader(stream)
-            ]
+        layers = [
+            LayerFit(error_identity=identity[row.layer, row.topk], **row._asdict())
+            for row in read_report(fit)
+        ]
         self._keep(report, layers=[layer._asdict() for layer in layers])
         shutil.rmtree(samples)  # 21 MB for each layer and sample at the default sizes
 
@@ -228,16 +219,19 @@ class Study:
 
         Returns its error in hard mode for each layer and topk.
         """
-        errors = {}
-        for topk in self.settings.topk:
-            model = load_model(self._base, self.device)
+        models = {topk: load_model(self._base, self.device) for topk in self.settings.topk}
+        for topk, model in models.items():
             use_sla2(model, topk=topk, quant=QUANT)
-            for recorded in scan_layers(samples, attention_names(model)):
+        errors = {}
+        for recorded in scan_layers(samples, attention_names(models[self.settings.topk[0]])):
+            problems = list(ProblemLoader(recorded, self.device, None, 0))
+            for topk, model in models.items():
                 layer = model.get_submodule(recorded.name)
                 assert isinstance(layer, sla2.SLA2Attention)
-                hard = HardMode(layer, ProblemLoader(recorded, self.device, None, 0))
+                hard = HardMode(layer, problems)
                 hard.set_best_alpha()
                 errors[recorded.name, topk] = hard.error()
+        for topk, model in models.items():
             sla2.save_router(model, self.router_file(topk, learned=False))
         return errors
 

@@ -5,10 +5,10 @@
 //     -> reduce -> centre_keys -> alpha_grad
 //
 // The second complement is the first one transposed: it sums the gradients of the states over the
-// query blocks that do not list a key block. On path sm90 both are Hopper kernels, the first one
-// with linear_state in a single launch, `linear`; the others are portable.
-// With a soft map all are portable: soft_lists stands in for compact, weighted_sum for complement,
-// and map_grad follows bwd_rows.
+// query blocks that do not list a key block. On path sm90 both complements, bwd_rows and
+// bwd_columns are Hopper kernels, the first complement with linear_state in a single launch,
+// `linear`; the others are portable. With a soft map all are portable: soft_lists stands in for
+// compact, weighted_sum for complement, and map_grad follows bwd_rows.
 #include <algorithm>
 #include <cstdint>
 #include <utility>

@@ -13,7 +13,6 @@ same command goes on with a fit that was interrupted.
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import statistics
 import sys
@@ -32,7 +31,7 @@ from wan_models import (
 )
 
 import sla2
-from sla2.train import QKVRecorder, fit_router
+from sla2.train import QKVRecorder, fit_router, read_report
 
 PROMPTS = (
     "A cat walks along a sandy beach at sunset, waves rolling in behind it",
@@ -79,17 +78,14 @@ def bytes_on_disk(options: argparse.Namespace, device: torch.device) -> int:
     return one * options.samples * config["num_layers"]
 
 
-def print_errors(report: Path, routers: dict[float, Path]) -> None:
+def print_errors(fit: Path, routers: dict[float, Path]) -> None:
     """Relative errors in hard mode, over the recorded samples, in the mean over layers."""
-    with report.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    report = read_report(fit)
     for topk, path in routers.items():
-        own = [row for row in rows if float(row["topk"]) == topk]
-        start, fitted = (
-            statistics.fmean(float(row[name]) for row in own)
-            for name in ("error_start", "error_fitted")
-        )
-        kept = sum(row["kept"] == "start" for row in own)
+        own = [row for row in report if row.topk == topk]
+        start = statistics.fmean(row.error_start for row in own)
+        fitted = statistics.fmean(row.error_fitted for row in own)
+        kept = sum(row.kept == "start" for row in own)
         print(
             f"topk {topk:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; "
             f"{kept} of {len(own)} layers kept the start; {path}"
@@ -132,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         resume=True,
         progress=options.progress,
     )
-    print_errors(fit / "report.csv", routers)
+    print_errors(fit, routers)
     return 0
 
 

@@ -47,6 +47,9 @@ def time_call(
         warmup = min(warmup, affordable)
     for _ in range(warmup):
         call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        time.sleep(REST_S)
     times = _measure(call, device, iters)
     return Timing(statistics.median(times), min(times), max(times), iters)
 
@@ -66,7 +69,6 @@ def _measure(call: Callable[[], object], device: torch.device, iters: int) -> li
             for _ in range(iters)
         ]
         torch.cuda.synchronize(device)
-        time.sleep(REST_S)
         for begin, end in events:
             flush.zero_()
             begin.record()

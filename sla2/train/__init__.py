@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from .calibrate import calibrate_alpha
 from .fit import fit_router
+from .fit_folder import FitReport, read_report
 from .recorder import QKVRecorder
 from .samples import Sample, read_samples
 
-__all__ = ["QKVRecorder", "Sample", "calibrate_alpha", "fit_router", "read_samples"]
+__all__ = [
+    "FitReport",
+    "QKVRecorder",
+    "Sample",
+    "calibrate_alpha",
+    "fit_router",
+    "read_report",
+    "read_samples",
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -74,5 +73,4 @@ def set_mean_alpha(
     if count == 0:
         raise ValueError("there are no samples to calibrate alpha on")
     # SLA2Attention.calibrate_alpha keeps alpha off 0 and 1: the mean has a finite logit.
-    initial_logit = math.log(layer.alpha_init / (1.0 - layer.alpha_init))
-    layer.alpha_offset.copy_(torch.logit(total / count) - initial_logit)
+    layer.alpha_offset.copy_(torch.logit(total / count) - layer.initial_logit)

@@ -27,7 +27,7 @@ from ..module import SLA2Attention
 from ..optim import param_groups
 from .calibrate import set_mean_alpha
 from .fit_data import Problem, ProblemLoader, RecordedLayer, draw_batch, scan_layers
-from .fit_folder import FitFolder, Report, Run
+from .fit_folder import FitFolder, FitReport, Run
 from .fit_log import FitLog, Row
 from .hard_mode import HardMode
 from .schedule import SCHEDULES, Schedule, check_tau_range
@@ -387,7 +387,7 @@ class _Fit(NamedTuple):
                 *run, after, before, "the start" if kept == "start" else "the fitted one",
             )  # fmt: skip
         router = start if kept == "start" else fitted
-        self.folder.finish(run, router, trained[kept], Report(*run, before, after, kept))
+        self.folder.finish(run, router, trained[kept], FitReport(*run, before, after, kept))
 
     def collect(self, recorded: list[RecordedLayer]) -> dict[float, Path]:
         """Writes a router file of all layers for each topk."""

@@ -35,6 +35,7 @@ from ..files import write_atomically
 from ..module import SLA2Attention
 
 _VERSION = 2
+_REPORT = "report.csv"
 _METADATA_KEY = "sla2.fit"
 _ADAM = "adam"
 
@@ -46,14 +47,32 @@ class Run(NamedTuple):
     topk: float
 
 
-class Report(NamedTuple):
-    """A line of report.csv: relative errors in hard mode over the samples of the layer."""
+class FitReport(NamedTuple):
+    """A row of report.csv: relative L2 errors in hard mode, unquantised, over a layer's samples."""
 
     layer: str
     topk: float
     error_start: float  # of the router that the run started from
     error_fitted: float
     kept: str  # "fitted" or "start": what was written
+
+
+def read_report(output: str | os.PathLike[str]) -> list[FitReport]:
+    """report.csv of a finished `fit_router`, layer after layer and for each the `topk` as given.
+
+    Raises OSError where `output` has none: the fit is not finished, or it is another folder.
+    """
+    with (Path(output) / _REPORT).open(newline="", encoding="utf-8") as stream:
+        return [
+            FitReport(
+                row["layer"],
+                float(row["topk"]),
+                float(row["error_start"]),
+                float(row["error_fitted"]),
+                row["kept"],
+            )
+            for row in csv.DictReader(stream)
+        ]
 
 
 class FitFolder:
@@ -120,7 +139,7 @@ class FitFolder:
         return self.part(run).with_suffix(".trained.safetensors")
 
     def finish(
-        self, run: Run, layer: SLA2Attention, trained: SLA2Attention, report: Report
+        self, run: Run, layer: SLA2Attention, trained: SLA2Attention, report: FitReport
     ) -> None:
         """Makes the run a finished one. After a crash in between its checkpoint is not used."""
         data = (json.dumps(report._asdict()) + "\n").encode("utf-8")
@@ -137,11 +156,11 @@ class FitFolder:
         """report.csv, a row for each of the finished `runs`."""
         rows = [json.loads(self._report(run).read_text("utf-8")) for run in runs]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, Report._fields)
+        writer = csv.DictWriter(text, FitReport._fields)
         writer.writeheader()
         writer.writerows(rows)
         data = text.getvalue().encode("utf-8")
-        write_atomically(self.path / "report.csv", lambda temporary: temporary.write_bytes(data))
+        write_atomically(self.path / _REPORT, lambda temporary: temporary.write_bytes(data))
 
     # ---- the run in progress ------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..constants import BLOCK_Q
 from ..functional import block_sparse_attention, complement_linear_attention, route
-from ..module import SLA2Attention
+from ..module import SLA2Attention, sum_alpha_rows
 from .fit_data import Problem
 
 # What least squares leaves alpha: nearer to 0 or 1 its gradient would be too small for stage 2.
@@ -70,24 +70,12 @@ class HardMode:
         """alpha <- argmin of the error in [0.01, 0.99]; unchanged where nothing depends on it."""
         module = self._module
         offset = module.alpha_offset
-        cross, square = (_pool(x, offset.shape) for x in (self._cross, self._square))
+        cross, square = (sum_alpha_rows(x, offset.shape) for x in (self._cross, self._square))
         alpha = (cross / square).clamp(_MARGIN, 1.0 - _MARGIN)
-        start = math.log(module.alpha_init / (1.0 - module.alpha_init))
-        best = torch.logit(alpha) - start
+        best = torch.logit(alpha) - module.initial_logit
         offset.copy_(torch.where(square > 0, best, offset.double()))
 
 
 def _per_row(x: Tensor) -> Tensor:
     """Sums of (B, N, H, D) over samples and channels: (H, N) float64."""
     return x.sum((0, 3), dtype=torch.float64).T
-
-
-def _pool(x: Tensor, shape: torch.Size) -> Tensor:
-    """Sums of (H, N) over the rows that share an alpha of `shape`."""
-    if x.shape == shape:
-        return x
-    heads, tokens = x.shape
-    blocks = shape[-1]
-    padded = torch.nn.functional.pad(x, (0, blocks * BLOCK_Q - tokens))
-    total = padded.view(heads, blocks, BLOCK_Q).sum(-1)
-    return total if len(shape) == 2 else total.sum(0)
