@@ -1,7 +1,7 @@
 """SLA2 as PyTorch operators, `torch.ops.sla2.*`: routing and the hard forward pass.
 
-`sla2.ops_bwd` has their gradients and `sla2.ops_soft` stage 1. These three are the only callers of
-the compiled module `_C`.
+`sla2.ops_bwd` has their gradients, `sla2.ops_soft` stage 1 and `sla2.rotary` the models' rotary
+embedding. These four are the only callers of the compiled module `_C`.
 
 Each operator is functional: it writes no input, its outputs are new contiguous tensors, and its
 fake gives their shapes from symbolic sizes, so `torch.compile`, CUDA graphs, selective

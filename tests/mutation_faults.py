@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KERNELS = "csrc/kernels"
-FORWARD, BACKWARD, SOFT, SOFT_MAP, MEMORY, VALUES, RUNTIME, SANITIZER = (
+FORWARD, BACKWARD, SOFT, SOFT_MAP, MEMORY, VALUES, RUNTIME, SANITIZER, ROTARY = (
     f"tests/gpu/test_gpu_{name}.py"
     for name in (
         *("forward", "backward", "soft", "soft_map"),
-        *("memory", "values", "runtime", "sanitizer"),
+        *("memory", "values", "runtime", "sanitizer", "rotary"),
     )
 )
 INSTANCES = f"{FORWARD}::test_instance"
@@ -66,6 +66,16 @@ FAULTS = (
     Fault(
         "tail mask dropped", ATTENTION,
         "if (is_short) mask_columns(s, p.shape.seqlen % kBlockK);", "",
+    ),
+    Fault(
+        "gradient of the rotation is the rotation", f"{KERNELS}/portable/rotary.cu",
+        "p.inverse ? -1.f : 1.f", "1.f",
+        (f"{ROTARY}::test_gradient_is_the_inverse_rotation",),
+    ),
+    Fault(
+        "heads beyond the fourth rotated by the first's angles", f"{KERNELS}/portable/rotary.cu",
+        "if (!shared && head > 0)", "if (!shared && i > 0)",
+        (f"{ROTARY}::test_bits",),
     ),
     Fault(
         "one listed block too few", ATTENTION,

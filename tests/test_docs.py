@@ -177,9 +177,9 @@ def test_documented_names_exist(path: Path) -> None:
 
 
 def test_documented_operators_exist() -> None:
-    from sla2 import ops, ops_bwd, ops_soft
+    from sla2 import ops, ops_bwd, ops_soft, rotary
 
-    assert ops and ops_bwd and ops_soft  # importing them registers the operators
+    assert ops and ops_bwd and ops_soft and rotary  # importing them registers the operators
     (line,) = re.findall(r"`torch\.ops\.sla2\.route`.*?`soft_bwd`", API.read_text(), re.DOTALL)
     names = [name.removeprefix("torch.ops.sla2.") for name in re.findall(r"`([\w.]+)`", line)]
     assert len(names) == 6

@@ -15,14 +15,16 @@ void validate_header(const Params* params) {
           ": set size to sizeof the struct and compile against this library's header");
 }
 
-void validate_tensor(const sla2_tensor& tensor, const char* name, const sla2_shape& shape) {
+// unit: elements in 16 bytes.
+void validate_tensor(const sla2_tensor& tensor, const char* name, const sla2_shape& shape,
+                     int unit = 8) {
   require(tensor.data != nullptr, name, ".data is null");
   require(reinterpret_cast<std::uintptr_t>(tensor.data) % 16 == 0, name,
           ".data is not 16-byte aligned");
-  // A stride is used only where its dimension has more than one entry; 8 elements are 16 bytes.
+  // A stride is used only where its dimension has more than one entry.
   const auto check = [&](int64_t stride, int size, const char* dimension) {
-    require(size <= 1 || (stride >= 0 && stride % 8 == 0), name, ".stride_", dimension, " is ",
-            stride, ": allowed are multiples of 8 elements (16 bytes), not negative");
+    require(size <= 1 || (stride >= 0 && stride % unit == 0), name, ".stride_", dimension, " is ",
+            stride, ": allowed are multiples of ", unit, " elements (16 bytes), not negative");
   };
   check(tensor.stride_batch, shape.batch, "batch");
   check(tensor.stride_token, shape.seqlen, "token");
@@ -185,6 +187,16 @@ void validate_soft_map_bwd(const sla2_soft_map_bwd_params& params) {
   require(params.soft_map != nullptr, "soft_map is null");
   require(params.grad_log_map != nullptr, "grad_log_map is null");
   require(params.grad_scores != nullptr, "grad_scores is null");
+}
+
+void validate_rotary(const sla2_rotary_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  if (shape.num_bh == 0 || shape.seqlen == 0) return;
+  validate_tensor(params.x, "x", params.shape);
+  validate_tensor(params.cos, "cos", params.shape, 4);
+  validate_tensor(params.sin, "sin", params.shape, 4);
+  validate_tensor(params.out, "out", params.shape);
 }
 
 }  // namespace sla2

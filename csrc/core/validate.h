@@ -20,5 +20,6 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params);
 void validate_attn_bwd(const sla2_attn_bwd_params& params);
 void validate_soft_map(const sla2_soft_map_params& params);
 void validate_soft_map_bwd(const sla2_soft_map_bwd_params& params);
+void validate_rotary(const sla2_rotary_params& params);
 
 }  // namespace sla2

@@ -233,6 +233,18 @@ void soft_map_bwd(const ShapeTuple& shape, double tau, Pointer soft_map, Pointer
   call(sla2_soft_map_bwd, params);
 }
 
+void rotary(const ShapeTuple& shape, const TensorTuple& x, const TensorTuple& cos,
+            const TensorTuple& sin, const TensorTuple& out, bool inverse, Pointer stream) {
+  auto params = make_params<sla2_rotary_params>(shape);
+  params.x = to_tensor(x);
+  params.cos = to_tensor(cos);
+  params.sin = to_tensor(sin);
+  params.out = to_tensor(out);
+  params.inverse = inverse;
+  params.stream = pointer<CUstream_st>(stream);
+  call(sla2_rotary, params);
+}
+
 std::optional<std::string> supported(int device, int dtype, int head_dim, int quant, int path) {
   if (sla2_supported(device, dtype, head_dim, quant, path) == SLA2_OK) return std::nullopt;
   return sla2_last_error();
@@ -248,7 +260,8 @@ int runtime_version() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() =
-      "Raw-pointer interface to libsla2; sla2.ops, ops_bwd and ops_soft are its only callers.";
+      "Raw-pointer interface to libsla2; sla2.ops, ops_bwd, ops_soft and rotary are its only "
+      "callers.";
   m.def("attn_fwd", &attn_fwd, py::kw_only(), py::arg("shape"), py::arg("options"), py::arg("q"),
         py::arg("k"), py::arg("v"), py::arg("out"), py::arg("out_sparse"), py::arg("lse"),
         py::arg("alpha"), py::arg("router"), py::arg("lists"), py::arg("soft_map") = 0,
@@ -273,6 +286,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("stream"));
   m.def("soft_map_bwd", &soft_map_bwd, py::kw_only(), py::arg("shape"), py::arg("tau"),
         py::arg("soft_map"), py::arg("grad_log_map"), py::arg("grad_scores"), py::arg("stream"));
+  m.def("rotary", &rotary, py::kw_only(), py::arg("shape"), py::arg("x"), py::arg("cos"),
+        py::arg("sin"), py::arg("out"), py::arg("inverse"), py::arg("stream"));
   m.def("supported", &supported, py::arg("device"), py::arg("dtype"), py::arg("head_dim"),
         py::arg("quant"), py::arg("path"),
         "None, or every reason why the combination cannot run on the device.");

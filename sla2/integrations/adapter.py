@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .grid import Grid
@@ -105,15 +104,3 @@ def loaded_class(name: str) -> type | None:
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
     """An argument of a call, wherever it stands; None where it was left out."""
     return args[position] if len(args) > position else kwargs.get(name)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the neighbouring features (2i, 2i + 1), in x's dtype.
-
-    cos, sin: broadcast against x (..., D), each pair's value twice. The arithmetic is in the wider
-    of the dtypes, one rounding to x's at the end, as diffusers has it.
-    """
-    even, odd = x[..., 0::2], x[..., 1::2]
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    rotated = (even * cos - odd * sin, even * sin + odd * cos)
-    return torch.stack([part.type_as(x) for part in rotated], -1).flatten(-2)

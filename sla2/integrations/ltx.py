@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Adapter, argument, loaded_class, register_adapter, rotate_pairs
+from ..rotary import rotate_pairs
+from .adapter import Adapter, argument, loaded_class, register_adapter
 from .grid import Grid, latent_grid
 
 # Compression (time, height, width) of LTX-Video's autoencoder.
@@ -55,8 +56,9 @@ class LTXAdapter(Adapter):
         self, attn: Any, hidden_states: Tensor, rotary_emb: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
-        q, k = attn.norm_q(q), attn.norm_k(k)
-        if rotary_emb is not None:  # over the channels of all heads, with angles of their own
-            q, k = rotate_pairs(q, *rotary_emb), rotate_pairs(k, *rotary_emb)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        heads = (attn.heads, -1)
+        q, k, v = (x.unflatten(2, heads) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        if rotary_emb is not None:  # every head has angles of its own
+            angles = [angle.unflatten(2, heads) for angle in rotary_emb]
+            q, k = rotate_pairs(q, *angles), rotate_pairs(k, *angles)
         return q, k, v

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .adapter import Adapter, argument, loaded_class, register_adapter, rotate_pairs
+from ..rotary import rotate_pairs
+from .adapter import Adapter, argument, loaded_class, register_adapter
 from .grid import Grid, latent_grid
 
 # Compression (time, height, width) of the autoencoder by the latent channels it makes: that of

@@ -113,6 +113,16 @@ void test_validation() {
   expect(sla2_soft_map_bwd(&grad) == SLA2_INVALID_ARGUMENT, "a null map is refused");
   grad.shape.seqlen = 0;
   expect(sla2_soft_map_bwd(&grad) == SLA2_OK, "an empty problem needs nothing");
+
+  sla2_rotary_params rotary = {};
+  rotary.size = sizeof(rotary);
+  rotary.shape = params.shape;
+  expect(sla2_rotary(&rotary) == SLA2_INVALID_ARGUMENT, "null queries are refused");
+  rotary.x = rotary.cos = rotary.sin = rotary.out = {&rotary, 0, 8, 64};
+  rotary.x.data = reinterpret_cast<void*>(uintptr_t{256});
+  rotary.cos = {rotary.x.data, 0, 2, 0};
+  expect(sla2_rotary(&rotary) == SLA2_INVALID_ARGUMENT, "angles 8 bytes apart are refused");
+  expect(std::strstr(sla2_last_error(), "cos.stride_token") != nullptr, "the message names them");
 }
 
 std::vector<__half> random_tensor(std::mt19937* generator) {

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sla2
+from sla2.rotary import rotate_pairs
 
 
 def lists(q: Tensor, rows: list[int], count: int) -> sla2.BlockMap:
@@ -39,6 +40,8 @@ def run_case(
         return torch.randn(*shape, generator=generator)
 
     q, k, v = (randn(heads, seqlen, heads, head_dim).to(dtype).cuda() for _ in range(3))
+    cos, sin = (randn(1, seqlen, 1, head_dim).cuda() for _ in range(2))
+    assert rotate_pairs(q, cos, sin).cpu().isfinite().all()
     proj = (torch.eye(head_dim) + 0.05 * randn(head_dim, head_dim)).cuda()
     alpha = randn(heads, -(-seqlen // 128)).cuda()
     t_n = -(-seqlen // 64)

@@ -203,6 +203,21 @@ typedef struct sla2_soft_map_bwd_params {
   cudaStream_t stream;
 } sla2_soft_map_bwd_params;
 
+// Rotary position embedding of neighbouring features, as diffusers has it: a pair (a, b) of
+// features 2 i and 2 i + 1 becomes (a c - b s, a s + b c), c the cosine given for feature 2 i and s
+// the sine for 2 i + 1. Float32, every operation rounded, the result rounded once more to the dtype
+// of x.
+typedef struct sla2_rotary_params {
+  size_t size;
+  sla2_shape shape;
+  sla2_tensor x;    // [B, N, H, D]
+  sla2_tensor cos;  // [B, N, H, D] float32; a stride of 0 shares angles, over heads for example
+  sla2_tensor sin;  // [B, N, H, D] float32
+  sla2_tensor out;  // [B, N, H, D], may be x itself
+  int32_t inverse;  // 1: by the opposite angles, which is also the gradient
+  cudaStream_t stream;
+} sla2_rotary_params;
+
 // Bytes of device memory an operation needs besides its inputs and outputs; a function of shapes,
 // options and the kind of the present device alone.
 SLA2_API sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes);
@@ -212,9 +227,10 @@ SLA2_API sla2_status sla2_attn_bwd_workspace(const sla2_attn_bwd_params* params,
 SLA2_API sla2_status sla2_route(const sla2_route_params* params);
 SLA2_API sla2_status sla2_attn_fwd(const sla2_attn_fwd_params* params);
 SLA2_API sla2_status sla2_attn_bwd(const sla2_attn_bwd_params* params);
-// These two need no workspace.
+// These need no workspace.
 SLA2_API sla2_status sla2_soft_map(const sla2_soft_map_params* params);
 SLA2_API sla2_status sla2_soft_map_bwd(const sla2_soft_map_bwd_params* params);
+SLA2_API sla2_status sla2_rotary(const sla2_rotary_params* params);
 
 // The present device's answer to "would sla2_attn_fwd run?": SLA2_OK, or SLA2_UNSUPPORTED with
 // every reason in sla2_last_error().

@@ -1,6 +1,6 @@
 // Arguments of every kernel launcher: plain structs filled by core/forward.cpp,
-// core/backward.cpp and core/soft_map.cpp. A launcher enqueues on `stream` and returns the launch
-// error.
+// core/backward.cpp, core/soft_map.cpp and core/rotary.cpp. A launcher enqueues on `stream` and
+// returns the launch error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -111,6 +111,14 @@ struct SoftTopKBwdParams {
   const float* grad_log_map;  // [BH, T_m, T_n]
   double tau;
   float* grad_scores;  // [BH, T_m, T_n]
+  cudaStream_t stream;
+};
+
+// Rotary embedding of the pairs of neighbouring features; inverse: by the opposite angles.
+struct RotaryParams {
+  Shape shape;
+  TensorView x, cos, sin, out;  // cos and sin float32
+  int inverse;
   cudaStream_t stream;
 };
 
@@ -404,5 +412,6 @@ cudaError_t launch_bwd_columns_sm80(const AttnBwdParams&, int dtype, int head_di
 cudaError_t launch_bwd_columns_sm90(const AttnBwdParams&, int dtype, int head_dim);
 cudaError_t launch_centre_keys(const CentreParams&, int dtype, int head_dim);
 cudaError_t launch_alpha_grad(const AlphaGradParams&);
+cudaError_t launch_rotary(const RotaryParams&, int dtype, int head_dim);
 
 }  // namespace sla2
