@@ -43,7 +43,7 @@ struct LinearArgs {
   LinearParams p;
   // Query blocks in complement tiles: of a tile (e4m3), in units of 64 (bf16); tiles of a head.
   int tile_rows, row_blocks, row_tiles;
-  int head_tiles;  // complement tiles of a head
+  int head_tiles, head_reads;  // complement tiles of a head, counts of tiles_done that end it
 };
 
 // Stored states of a head are counted by steps, a byte each, eight in a word: one read tells how

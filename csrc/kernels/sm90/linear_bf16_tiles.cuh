@@ -76,6 +76,7 @@ cudaError_t encode_bf16_tiles(LinearArgs& args) {
   args.row_tiles = (args.row_blocks + TileShape::kBlocks - 1) / TileShape::kBlocks;
   constexpr uint64_t kColumns = state_elements(Variant::kHeadDim);
   args.head_tiles = args.row_tiles * static_cast<int>(kColumns / TileShape::kColumns);
+  args.head_reads = args.head_tiles;
   const uint64_t blocks = p.shape.num_k_blocks, slots = p.state_slots;
   const cudaError_t status =
       encode_tensor_map<3>(args.state, p.state, {kColumns, blocks, slots},

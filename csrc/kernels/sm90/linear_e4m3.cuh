@@ -11,7 +11,7 @@ namespace sla2 {
 // A complement tile: the two segments of a line by up to 128 query blocks, which are the N of its
 // products: what T_m leaves, in the smallest number of equal tiles.
 constexpr int kTileQueries = 128;
-constexpr int kMaskWarps = 2;  // a word of each step
+constexpr int kMaskWarps = 2;  // they take steps in turns
 struct alignas(16) E4m3Tile {
   int bh, line, row0;  // bh negative: no more tiles; row0: first query block
 };
@@ -22,10 +22,23 @@ __device__ __forceinline__ E4m3Tile e4m3_tile(const LinearArgs& args, int ticket
   const int row_tile = ticket % args.row_tiles, line = ticket / args.row_tiles;
   return {head_at(args, line / kLines), line % kLines, row_tile * args.tile_rows};
 }
-// Steps of a tile, in pairs; what lies beyond T_n is zero.
-__device__ __forceinline__ int e4m3_steps(const LinearArgs& args) {
-  return (args.p.shape.num_k_blocks + 2 * kStepBlocks - 1) / (2 * kStepBlocks) * 2;
+// Steps of a tile come in rounds, one for each mask buffer; what lies beyond T_n is zero.
+constexpr int kRoundSteps = 4;
+static_assert(kWordSteps % kRoundSteps == 0, "a head's last state counts for the rest of its word");
+__device__ __forceinline__ int e4m3_rounds(const LinearArgs& args) {
+  constexpr int kBlocks = kRoundSteps * kStepBlocks;
+  return (args.p.shape.num_k_blocks + kBlocks - 1) / kBlocks;
 }
+// What the steps of a round use: all but the part of the ring of states is known to the compiler.
+template <int kTileStages>
+struct Round {
+  static constexpr int kParts = kTileStages / kRoundSteps;
+  static_assert(kTileStages % kRoundSteps == 0, "a stage belongs to one step of a round");
+  int index = 0;
+  __device__ __forceinline__ int first_stage() const { return index % kParts * kRoundSteps; }
+  __device__ __forceinline__ int tile_parity() const { return index / kParts % 2; }
+  __device__ __forceinline__ int mask_parity() const { return index % 2; }
+};
 
 // One thread: takes tickets, waits for states, loads one step of them and of the mask's words a
 // stage. A step of the products takes some 500 cycles, and this one's instructions follow one
@@ -36,7 +49,7 @@ __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
   using Smem = typename Variant::Smem;
   const int tickets = args.p.state == nullptr ? 0 : args.p.bh_count * args.head_tiles;
   const int step_bytes = Smem::kTileBytes + 2 * 4 * args.tile_rows;
-  const int blocks = e4m3_steps(args) * kStepBlocks;
+  const int blocks = e4m3_rounds(args) * kRoundSteps * kStepBlocks;
   RingCursor<Smem::kTileStages> ring;
   int ready_bh = -1, ready = 0;  // the states of this head before this block are stored
   wait_predecessor();            // it makes the mask
@@ -66,62 +79,73 @@ __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
     }
     ticket = next_ticket;
   }
-  mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
-  smem.tile_of[ring.stage].bh = -1;
-  mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
+#pragma unroll 1
+  for (int i = 0; i < kMaskWarps; ++i) {
+    mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
+    smem.tile_of[ring.stage].bh = -1;
+    mbarrier_arrive(smem_address(&smem.tile_full[ring.stage]));
+    ring.advance();
+  }
 }
 
-// One warp: of every step one of the mask's two words, as B operands, 32 bytes a query block. A set
-// bit becomes 2.0, a single bit in e4m3; the results are halved. Byte 4 i + b of 32 is bit i + 8 b
-// of the word. The warps have halves of every step, not steps in turns: so each place of a buffer
-// has one writing thread, and no warp's waits skip a phase of a barrier, which they would have to
-// tell from the one before by its parity.
-template <class Variant>
+// One warp, for every kMaskWarps-th step: the mask's words as B operands, 64 bytes a query block. A
+// set bit becomes 2.0, a single bit in e4m3; the results are halved. Byte 4 i + b of 32 is bit
+// i + 8 b of the word. kChunks of 32 query blocks hold those of a tile.
+template <class Variant, int kChunks>
 __device__ __forceinline__ void expand_masks(const LinearArgs& args, typename Variant::Smem& smem,
-                                             int word) {
+                                             int first) {
   using Smem = typename Variant::Smem;
-  const int lane = threadIdx.x % 32, steps = e4m3_steps(args);
-  RingCursor<Smem::kTileStages> ring;
-  RingCursor<Smem::kMaskBuffers> mask;
+  const int lane = threadIdx.x % 32;
+  int rounds = e4m3_rounds(args), tile_rows = args.tile_rows;
+  pin(rounds);  // else read anew in every step
+  pin(tile_rows);
+  Round<Smem::kTileStages> round;
   for (;;) {
-    mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-    const int bh = uniform(first_lane_load(smem.tile_of[ring.stage].bh));
+    const int stage = round.first_stage() + first;
+    mbarrier_wait(smem_address(&smem.tile_full[stage]), round.tile_parity());
+    const int bh = uniform(first_lane_load(smem.tile_of[stage].bh));
     if (bh < 0) return;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-      uint32_t bits[kTileQueries / 32];
+    for (int i = 0; i < rounds; ++i, ++round.index) {
+      const int stage0 = round.first_stage() + first;
 #pragma unroll
-      for (int r = 0; r < kTileQueries / 32; ++r) {
-        bits[r] = smem.words[ring.stage][word * args.tile_rows + 32 * r + lane];
-      }
-      mbarrier_wait(smem_address(&smem.mask_empty[mask.stage]), mask.parity ^ 1);
+      for (int step = 0; step < kRoundSteps; step += kMaskWarps) {
+        const uint32_t* words = smem.words[stage0 + step] + lane;
+        char* mask = smem.mask[first + step];
+        mbarrier_wait(smem_address(&smem.tile_full[stage0 + step]), round.tile_parity());
+        uint32_t bits[kChunks][2];
 #pragma unroll
-      for (int r = 0; r < kTileQueries / 32; ++r) {
-        if (32 * r >= args.tile_rows) break;
-        uint32_t bytes[8];
-#pragma unroll
-        for (int b = 0; b < 8; ++b) {
-          bytes[b] = (b < 7 ? bits[r] << (6 - b) : bits[r] >> 1) & 0x40404040u;
+        for (int r = 0; r < kChunks; ++r) {
+          bits[r][0] = words[32 * r];
+          bits[r][1] = words[tile_rows + 32 * r];
         }
+        mbarrier_wait(smem_address(&smem.mask_empty[first + step]), round.mask_parity() ^ 1);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          *reinterpret_cast<uint4*>(smem.mask[mask.stage] +
-                                    swizzle<64>(32 * r + lane, 2 * word + c)) =
-              make_uint4(bytes[4 * c], bytes[4 * c + 1], bytes[4 * c + 2], bytes[4 * c + 3]);
+        for (int r = 0; r < kChunks; ++r) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            uint32_t bytes[8];
+#pragma unroll
+            for (int b = 0; b < 8; ++b) {
+              bytes[b] = (b < 7 ? bits[r][i] << (6 - b) : bits[r][i] >> 1) & 0x40404040u;
+            }
+#pragma unroll
+            for (int c = 0; c < 2; ++c) {
+              *reinterpret_cast<uint4*>(mask + swizzle<64>(32 * r + lane, 2 * i + c)) =
+                  make_uint4(bytes[4 * c], bytes[4 * c + 1], bytes[4 * c + 2], bytes[4 * c + 3]);
+            }
+          }
+        }
+        fence_async_shared();
+        __syncwarp();
+        if (lane == 0) {
+          mbarrier_arrive(smem_address(&smem.mask_full[first + step]));
+          mbarrier_arrive(smem_address(&smem.tile_empty[stage0 + step]));
         }
       }
-      fence_async_shared();
-      __syncwarp();
-      if (lane == 0) {
-        mbarrier_arrive(smem_address(&smem.mask_full[mask.stage]));
-        mbarrier_arrive(smem_address(&smem.tile_empty[ring.stage]));
-      }
-      ring.advance();
-      mask.advance();
     }
-    // This warp has seen every load of the tile arrive: the states are read.
-    if (word == 0 && lane == 0) release_increment(tiles_done(args, bh));
+    // This warp has seen its loads of the tile arrive: these states are read.
+    if (lane == 0) release_increment(tiles_done(args, bh));
   }
 }
 
@@ -138,8 +162,7 @@ struct E4m3ComplementWorker {
   const LinearArgs& args;
   Smem& smem;
   const int group, warp, lane;
-  RingCursor<Smem::kTileStages> ring;
-  RingCursor<Smem::kMaskBuffers> mask, behind;  // of this step, of the oldest in flight
+  Round<Smem::kTileStages> round;
 
   __device__ __forceinline__ E4m3ComplementWorker(const LinearArgs& args, Smem& smem, int group)
       : args(args), smem(smem), group(group), warp(threadIdx.x / 32 % 4), lane(threadIdx.x % 32) {}
@@ -148,17 +171,19 @@ struct E4m3ComplementWorker {
     named_barrier(1 + kStateGroups + group, kWarpgroup);
   }
 
-  // The warp's 16 columns of 64 key blocks as A operands. Key blocks 8 i .. 8 i + 7 of each 32 are
-  // matrix i; a pair of bytes is two columns, which become rows lane / 4 and lane / 4 + 8 of A, the
-  // bytes in the order of the mask's bits.
-  __device__ __forceinline__ void load_fragments(Fragments& a, int line) const {
-    const uint32_t tile = smem_address(smem.tile[ring.stage]);
+  // Where a stage has what this lane reads for the warp's 16 columns.
+  __device__ __forceinline__ int fragment_offset(int line) const {
     const int chunk = (4 * group + warp) ^ (line & 7);
+    return lane * 128 + ((chunk ^ (lane & 7)) << 4);
+  }
+  // These columns of 64 key blocks as A operands. Key blocks 8 i .. 8 i + 7 of each 32 are matrix
+  // i; a pair of bytes is two columns, which become rows lane / 4 and lane / 4 + 8 of A, the bytes
+  // in the order of the mask's bits.
+  __device__ __forceinline__ void load_fragments(Fragments& a, uint32_t rows) const {
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int row = 32 * k + lane;
       uint32_t pairs[4];
-      ldmatrix_x4_trans(pairs, tile + row * 128 + ((chunk ^ (row & 7)) << 4));
+      ldmatrix_x4_trans(pairs, rows + 32 * k * 128);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         a[k][2 * i] = __byte_perm(pairs[i], pairs[i + 2], 0x6240);
@@ -168,21 +193,20 @@ struct E4m3ComplementWorker {
     }
   }
 
-  __device__ __forceinline__ void release_mask() {
-    if (lane == 0) mbarrier_arrive(smem_address(&smem.mask_empty[behind.stage]));
-    behind.advance();
+  __device__ __forceinline__ void release_mask(int buffer) const {
+    if (lane == 0) mbarrier_arrive(smem_address(&smem.mask_empty[buffer]));
   }
 
-  // Query blocks 0 .. 63 of the tile into `low`, the rest into `high`: two products, as one of 128
-  // does not fit the registers that a thread of this kernel starts with.
-  template <int kHigh>
+  // Step kStep of a round. Query blocks 0 .. 63 of the tile into `low`, the rest into `high`: two
+  // products, as one of 128 does not fit the registers that a thread of this kernel starts with.
+  template <int kStep, int kHigh>
   __device__ __forceinline__ void step(float (&low)[32], float (&high)[kHigh], Fragments& a,
-                                       int line, bool first) {
-    mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-    load_fragments(a, line);
-    mbarrier_wait(smem_address(&smem.mask_full[mask.stage]), mask.parity);
-    const uint64_t b =
-        wgmma_descriptor(uniform(smem_address(smem.mask[mask.stage])), 0, 512, Swizzle::k64);
+                                       int offset, bool first) {
+    const int stage = round.first_stage() + kStep;
+    mbarrier_wait(smem_address(&smem.tile_full[stage]), round.tile_parity());
+    load_fragments(a, smem_address(smem.tile[stage]) + offset);
+    mbarrier_wait(smem_address(&smem.mask_full[kStep]), round.mask_parity());
+    const uint64_t b = wgmma_descriptor(smem_address(smem.mask[kStep]), 0, 512, Swizzle::k64);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -195,11 +219,9 @@ struct E4m3ComplementWorker {
     // Only now: ordered before the products, the fragments were still on their way from shared
     // memory at times when the next states came in (seen as results that differed from run to run).
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(smem_address(&smem.tile_empty[ring.stage]));
-    ring.advance();
-    mask.advance();
+    if (lane == 0) mbarrier_arrive(smem_address(&smem.tile_empty[stage]));
     wgmma_wait<1>();
-    if (!first) release_mask();
+    if (kStep > 0 || !first) release_mask((kStep + kRoundSteps - 1) % kRoundSteps);
   }
 
   // Of the two columns of a segment that this lane has.
@@ -273,22 +295,28 @@ struct E4m3ComplementWorker {
   // kHigh: accumulators of the query blocks from 64 on, half as many as there are; 1 for none.
   template <int kHigh>
   __device__ __forceinline__ void run_tiles() {
-    const int steps = e4m3_steps(args);
+    int rounds = e4m3_rounds(args);
+    pin(rounds);
     for (;;) {
-      mbarrier_wait(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-      const E4m3Tile next = first_lane_load(smem.tile_of[ring.stage]);
+      const int stage = round.first_stage();
+      mbarrier_wait(smem_address(&smem.tile_full[stage]), round.tile_parity());
+      const E4m3Tile next = first_lane_load(smem.tile_of[stage]);
       const E4m3Tile tile = {uniform(next.bh), uniform(next.line), uniform(next.row0)};
       if (tile.bh < 0) break;
       float low[32], high[kHigh];
       Fragments even, odd;
+      int offset = fragment_offset(tile.line);
+      pin(offset);  // else made anew in every step
 #pragma unroll 1
-      for (int i = 0; i < steps; i += 2) {
-        step(low, high, even, tile.line, i == 0);
-        step(low, high, odd, tile.line, false);
+      for (int i = 0; i < rounds; ++i, ++round.index) {
+        step<0>(low, high, even, offset, i == 0);
+        step<1>(low, high, odd, offset, false);
+        step<2>(low, high, even, offset, false);
+        step<3>(low, high, odd, offset, false);
       }
       const float2 v_scale = load_v_scale(tile);  // on its way while the last products run
       wgmma_wait<0>();
-      release_mask();
+      release_mask(kRoundSteps - 1);
       pin(low);
       pin(high);
       if (2 * tile.line < State::kFirstPart) {
@@ -325,10 +353,13 @@ struct LinearE4m3 {
   using StateWorker = E4m3StateWorker<LinearE4m3>;
   static constexpr int kComplementRegisters = 112, kStateRegisters = 104, kCopyRegisters = 48;
   // What fp16 values leave of the room.
-  static constexpr int kStages = std::is_same_v<Element, __half> && kHeadDim == 128 ? 3 : 4;
+  static constexpr int kStages = kHeadDim == 128 ? 3 : 4;
 
   struct Smem : StateSmem<Element, kHeadDim, kStages> {
-    static constexpr int kTileStages = 5, kMaskBuffers = 3;
+    static constexpr int kTileStages = std::is_same_v<Element, __half> && kHeadDim == 128 ? 4 : 8;
+    static constexpr int kMaskBuffers = kRoundSteps;
+    // Each place has one mask warp, which so waits for every phase of its barriers.
+    static_assert(kTileStages % kMaskWarps == 0 && kMaskBuffers % kMaskWarps == 0);
     static constexpr int kTileBytes = kStepBlocks * 128;
     alignas(1024) char mask[kMaskBuffers][kTileQueries * 64];
     alignas(1024) char out[kComplementGroups][64 * 128];
@@ -347,10 +378,10 @@ struct LinearE4m3 {
       constexpr int kWarps = kComplementGroups * kWarpgroup / 32;
       for (int i = 0; i < kTileStages; ++i) {
         mbarrier_init(smem_address(&tile_full[i]), 1);
-        mbarrier_init(smem_address(&tile_empty[i]), kWarps + kMaskWarps);
+        mbarrier_init(smem_address(&tile_empty[i]), kWarps + 1);  // and the warp of the masks
       }
       for (int i = 0; i < kMaskBuffers; ++i) {
-        mbarrier_init(smem_address(&mask_full[i]), kMaskWarps);
+        mbarrier_init(smem_address(&mask_full[i]), 1);
         mbarrier_init(smem_address(&mask_empty[i]), kWarps);
       }
     }
@@ -365,7 +396,9 @@ struct LinearE4m3 {
         if (elect_one()) StateServer<LinearE4m3>(args, smem).run();
         return;
       default:
-        return expand_masks<LinearE4m3>(args, smem, warp - 2);
+        if (args.tile_rows <= 64) return expand_masks<LinearE4m3, 2>(args, smem, warp - 2);
+        if (args.tile_rows <= 96) return expand_masks<LinearE4m3, 3>(args, smem, warp - 2);
+        return expand_masks<LinearE4m3, 4>(args, smem, warp - 2);
     }
   }
   // From where the workers have staged it.
@@ -386,6 +419,7 @@ struct LinearE4m3 {
     args.row_tiles = (queries + kTileQueries - 1) / kTileQueries;
     args.tile_rows = tile_rows((queries + args.row_tiles - 1) / args.row_tiles);
     args.head_tiles = args.row_tiles * (State::kSegments / 2);
+    args.head_reads = kMaskWarps * args.head_tiles;
     if (p.state == nullptr) return cudaSuccess;
     const uint64_t blocks = p.shape.num_k_blocks, slots = p.state_slots;
     cudaError_t status = encode_tensor_map<3>(args.state, p.state, {State::kBytes, blocks, slots},

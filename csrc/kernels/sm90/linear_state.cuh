@@ -32,8 +32,8 @@ struct StateServer {
     if (next == bh) return true;
     if (args.p.state != nullptr) {
       if (next + args.p.state_slots < args.p.bh_count) {
-        const int* done = tiles_done(args, next + args.p.state_slots);
-        if (read_counter(done) < args.head_tiles) return false;
+        const int* reads = tiles_done(args, next + args.p.state_slots);
+        if (read_counter(reads) < args.head_reads) return false;
         acquire_counted();
       }
       slot = next % args.p.state_slots;
