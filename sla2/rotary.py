@@ -1,7 +1,7 @@
 """Rotary position embedding of q and k, as diffusers has it.
 
 `rotate_pairs` is what the adapters of `sla2.integrations` use. On CUDA it is one kernel, the
-operator `sla2::rotary`: PyTorch's separate operations move eight times its bytes and, once
+operator `sla2::rotary`: PyTorch's separate operations move nine times its bytes and, once
 attention is fast, take a tenth of a denoising step. The bits are the same either way.
 """
 

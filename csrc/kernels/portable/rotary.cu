@@ -1,6 +1,6 @@
 // Rotary position embedding of q or k: bound by memory, x read and written once.
 //
-// In PyTorch it is a dozen operations on float32 copies, some eight times these bytes, and so one
+// In PyTorch it is a dozen operations on float32 copies, some nine times these bytes, and so one
 // of the larger parts of a denoising step whose attention is fast.
 #include "../common/convert.cuh"
 #include "../common/dispatch.h"

@@ -11,7 +11,6 @@
 // and of shared memory 64 KiB of B operands (64 bytes a cycle in either product; Q and P are
 // registers: Q in shared memory would make Q K^T 128 bytes a cycle, all that it delivers) and
 // 32 KiB of copies: 96 of 128 bytes a cycle.
-#include <algorithm>
 #include <type_traits>
 
 #include "../common/attn_output.cuh"
@@ -306,14 +305,10 @@ cudaError_t launch_attn_rows_sm90(const AttnParams& p, int dtype, int head_dim) 
     constexpr int kSmemBytes = sizeof(typename C::Smem);
     AttnRowMaps maps = {};
     cudaError_t status = encode_maps<C>(maps, p);
-    int sms = 0;
-    if (status == cudaSuccess) status = count_multiprocessors(sms);
-    if (status == cudaSuccess) {
-      status =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes);
-    }
+    const int tiles = p.shape.num_bh * p.shape.num_q_blocks;
+    int ctas = 0;
+    if (status == cudaSuccess) status = prepare_persistent(kernel, kSmemBytes, tiles, ctas);
     if (status != cudaSuccess) return status;
-    const int ctas = std::min(sms, p.shape.num_bh * p.shape.num_q_blocks);
     return launch_overlapped(kernel, ctas, kRowThreads, kSmemBytes, p.stream, p, maps);
   });
 }

@@ -10,7 +10,6 @@
 // What a key block asks of an SM at D = 128, of both warpgroups: 1536 cycles of the tensor cores,
 // and of shared memory 96 KiB of B operands (A operands are registers: two in shared memory would
 // be 64 KiB more and as many bytes as it delivers) and 32 KiB of copies, 85 of 128 bytes a cycle.
-#include <algorithm>
 
 #include "../common/dispatch.h"
 #include "bwd_rows_copy.cuh"
@@ -257,17 +256,14 @@ cudaError_t launch_bwd_rows_sm90(const AttnBwdParams& p, int dtype, int head_dim
     using I = decltype(instance);
     using C = BwdRowSm90Config<typename I::Element, I::kHeadDim>;
     const auto kernel = bwd_rows_sm90_kernel<typename I::Element, I::kHeadDim>;
+    constexpr int kSmemBytes = sizeof(typename C::Smem);
     BwdRowMaps maps = {};
     cudaError_t status = encode_maps<C>(maps, p);
-    if (status == cudaSuccess) {
-      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(sizeof(typename C::Smem)));
-    }
-    int sms = 0;
-    if (status == cudaSuccess) status = count_multiprocessors(sms);
+    const int tiles = p.bh_count * p.shape.num_q_blocks;
+    int ctas = 0;
+    if (status == cudaSuccess) status = prepare_persistent(kernel, kSmemBytes, tiles, ctas);
     if (status != cudaSuccess) return status;
-    const int grid = std::min(sms, p.bh_count * p.shape.num_q_blocks);
-    kernel<<<grid, kRowThreads, sizeof(typename C::Smem), p.stream>>>(p, maps);
+    kernel<<<ctas, kRowThreads, kSmemBytes, p.stream>>>(p, maps);
     return cudaGetLastError();
   });
 }

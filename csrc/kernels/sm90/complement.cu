@@ -6,7 +6,6 @@
 // memory moves in a cycle they take 64 for B (A is in registers), the copies of 16 KiB of states
 // and 2 KiB of mask words 18 more, and results on their way out a few. L2 delivers those 18 bytes
 // too: 4.2 TB/s for 132 SMs at full speed.
-#include <algorithm>
 
 #include "launch.h"
 #include "linear_bf16_tiles.cuh"
@@ -75,16 +74,11 @@ cudaError_t launch(const ComplementParams& p) {
                                   {kPanel * 2, kBytes, rows * kBytes}, {kPanel, 1, 16, 1});
   }
   const auto kernel = complement_sm90_kernel<Variant>;
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(sizeof(Smem)));
-  }
-  int sms = 0;
-  if (status == cudaSuccess) status = count_multiprocessors(sms);
-  if (status != cudaSuccess) return status;
   const int64_t tiles = int64_t{1} * p.bh_count * args.head_tiles;
-  const int grid = static_cast<int>(std::min<int64_t>(sms, tiles));
-  return launch_overlapped(kernel, grid, Variant::kThreads, sizeof(Smem), p.stream, args);
+  int ctas = 0;
+  if (status == cudaSuccess) status = prepare_persistent(kernel, sizeof(Smem), tiles, ctas);
+  if (status != cudaSuccess) return status;
+  return launch_overlapped(kernel, ctas, Variant::kThreads, sizeof(Smem), p.stream, args);
 }
 
 }  // namespace

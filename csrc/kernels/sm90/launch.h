@@ -4,6 +4,9 @@
 
 #include <cuda_runtime_api.h>
 #include <stddef.h>
+#include <stdint.h>
+
+#include <algorithm>
 
 namespace sla2 {
 
@@ -29,12 +32,20 @@ cudaError_t launch_overlapped(void (*kernel)(Params...), int ctas, int threads, 
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), arguments);
 }
 
-// Of the present device: what a persistent grid covers.
-inline cudaError_t count_multiprocessors(int& count) {
-  int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+// Makes a persistent kernel ready to launch: room for its shared memory and, in `ctas`, a CTA for
+// every SM of the present device, but not more than there are tasks.
+template <typename... Params>
+cudaError_t prepare_persistent(void (*kernel)(Params...), size_t smem_bytes, int64_t tasks,
+                               int& ctas) {
+  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(smem_bytes));
+  int device = 0, sms = 0;
+  if (status == cudaSuccess) status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  ctas = static_cast<int>(std::min<int64_t>(sms, tasks));
+  return status;
 }
 
 }  // namespace sla2

@@ -60,17 +60,12 @@ cudaError_t launch(const LinearParams& p) {
     status = encode_tokens(args.v, p.v, p.shape, Variant::kHeadDim, kBlockK);
   }
   const auto kernel = linear_kernel<Variant>;
-  if (status == cudaSuccess) {
-    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(sizeof(Smem)));
-  }
-  int sms = 0;
-  if (status == cudaSuccess) status = count_multiprocessors(sms);
-  if (status != cudaSuccess) return status;
   const int64_t tasks = int64_t{1} * p.bh_count *
                         std::max(p.shape.num_k_blocks, p.state == nullptr ? 0 : args.head_tiles);
-  const int grid = static_cast<int>(std::min<int64_t>(sms, tasks));
-  return launch_overlapped(kernel, grid, kLinearThreads, sizeof(Smem), p.stream, args);
+  int ctas = 0;
+  if (status == cudaSuccess) status = prepare_persistent(kernel, sizeof(Smem), tasks, ctas);
+  if (status != cudaSuccess) return status;
+  return launch_overlapped(kernel, ctas, kLinearThreads, sizeof(Smem), p.stream, args);
 }
 
 }  // namespace
