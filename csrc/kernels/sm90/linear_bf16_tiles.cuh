@@ -163,18 +163,14 @@ struct Bf16ComplementWorker {
     return 2 * kBlocks * (8 * warp + lane / 4);
   }
 
-  // This lane's mask words of a step.
+  // Word `word` of a step of this lane's rows of the mask.
   template <int kBlocks>
   struct alignas(8 * kBlocks) MaskWords {
     uint32_t row[2 * kBlocks];
   };
   template <int kBlocks>
-  __device__ __forceinline__ void load_mask(MaskWords<kBlocks> (&words)[kStepWords], int stage,
-                                            int row) const {
-#pragma unroll
-    for (int i = 0; i < kStepWords; ++i) {
-      words[i] = *reinterpret_cast<const MaskWords<kBlocks>*>(&smem.tile[stage].mask[i][row]);
-    }
+  __device__ __forceinline__ MaskWords<kBlocks> load_mask(int stage, int word, int row) const {
+    return *reinterpret_cast<const MaskWords<kBlocks>*>(&smem.tile[stage].mask[word][row]);
   }
 
   // The A operands of a word's two k16 steps: columns 16 k + 8 q + 2 (lane % 4) + e of (1 - M),
@@ -212,23 +208,21 @@ struct Bf16ComplementWorker {
     int steps = (args.p.shape.num_k_blocks + kStepBlocks - 1) / kStepBlocks;
     pin(rotation);  // else made anew in every step
     pin(steps);
-    MaskWords<kBlocks> words[kStepWords];
+    MaskWords<kBlocks> words;
     uint32_t a[kStepWords][2][kBlocks][4];
-    const auto issue = [&](int word, int stage) {
-      const uint32_t tile = uniform(smem_address(smem.tile[stage].state[0]) + word * 2 * 2048);
-      const uint64_t b = wgmma_descriptor(tile, kPanelBytes, 1024, Swizzle::k128);
+    const auto issue = [&](int word, uint64_t b) {
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) {
-          Wgmma16<__nv_bfloat16, false, true>::mma(acc[m], a[word][k][m], advance(b, k * 2048), 1);
+          Wgmma16<__nv_bfloat16, false, true>::mma(acc[m], a[word][k][m],
+                                                   advance(b, (2 * word + k) * 2048), 1);
         }
       }
       wgmma_commit();
     };
-    load_mask<kBlocks>(words, ring.stage, row);
-    make_operands<kBlocks>(a[0], words[0], rotation);
+    make_operands<kBlocks>(a[0], load_mask<kBlocks>(ring.stage, 0, row), rotation);
     int before = -1;  // the stage of the step before
     for (;;) {
       const int stage = ring.stage;
@@ -236,21 +230,24 @@ struct Bf16ComplementWorker {
       ring.advance();
       // Asked here and read much later: the answer takes its time.
       const bool here = mbarrier_test(smem_address(&smem.tile_full[ring.stage]), ring.parity);
-      wgmma_wait<0>();
-      issue(0, stage);
+      const uint64_t b = wgmma_descriptor(smem_address(smem.tile[stage].state[0]), kPanelBytes,
+                                          1024, Swizzle::k128);
+      issue(0, b);
+      wgmma_wait<1>();
       // This branch and the next also keep the operands in their place: ptxas would make them
       // between the products, or after the wait.
       if (before >= 0) release(before);
       before = stage;
-      make_operands<kBlocks>(a[1], words[1], rotation);
+      // Loaded only now: there before, ptxas made most of its operands ahead of the products.
+      make_operands<kBlocks>(a[1], load_mask<kBlocks>(stage, 1, row), rotation);
       if (more) {
         if (!here) wait_full();
-        load_mask<kBlocks>(words, ring.stage, row);
+        words = load_mask<kBlocks>(ring.stage, 0, row);
       }
-      wgmma_wait<0>();
-      issue(1, stage);
+      issue(1, b);
       if (!more) break;
-      make_operands<kBlocks>(a[0], words[0], rotation);
+      wgmma_wait<1>();
+      make_operands<kBlocks>(a[0], words, rotation);
     }
     wgmma_wait<0>();
     release(before);
