@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,12 +59,13 @@ def time_call(
 def _measure(call: Callable[[], object], device: torch.device, iters: int) -> list[float]:
     if device.type != "cuda":
         times = []
-        for _ in range(iters):
-            start = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - start) * 1e3)
+        with _no_garbage_collection():
+            for _ in range(iters):
+                start = time.perf_counter()
+                call()
+                times.append((time.perf_counter() - start) * 1e3)
         return times
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), _no_garbage_collection():
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
         events = [
             (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
@@ -78,10 +81,24 @@ def _measure(call: Callable[[], object], device: torch.device, iters: int) -> li
         return [begin.elapsed_time(end) for begin, end in events]
 
 
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """None at all, as in `timeit`: one between two launches would count as the call's time."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     """Most memory held by torch's allocator beyond that before the call, results included."""
     if device.type != "cuda":
         return None
+    gc.collect()  # garbage of earlier calls that went during this one would hide some of its own
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
