@@ -91,17 +91,17 @@ FAULTS = (
         "barrier of the ring skipped", ATTENTION,
         "cp_async_wait<C::kStages - 2>();\n    __syncthreads();",
         "cp_async_wait<C::kStages - 2>();",
-        (INSTANCES, f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
+        (INSTANCES, f"{RUNTIME}::test_the_same_bits_250_times"), RACES,
     ),
     Fault(
         "wait for the ring's copies too short", ATTENTION,
         "cp_async_wait<C::kStages - 2>();", "cp_async_wait<C::kStages - 1>();",
-        (INSTANCES, f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
+        (INSTANCES, f"{RUNTIME}::test_the_same_bits_250_times"), RACES,
     ),
     Fault(
         "barrier of the pooling skipped", POOL,
         "__syncthreads();  // the previous reduction has been read", "",
-        (f"{FORWARD}::test_router_scores", f"{RUNTIME}::test_the_same_bits_50_times"), RACES,
+        (f"{FORWARD}::test_router_scores", f"{RUNTIME}::test_the_same_bits_250_times"), RACES,
     ),
     Fault(
         "last row not written", QUERY,

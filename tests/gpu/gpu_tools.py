@@ -80,16 +80,21 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and bool((as_bytes(a) == as_bytes(b)).all())
 
 
-def settled_keys(k: Tensor, layout: str = "BNHD") -> Tensor:
+def settled_keys(k: Tensor, layout: str = "BNHD", *, uneven: bool = False) -> Tensor:
     """Keys whose mean over the tokens is 0 however it is summed: what smoothing then leaves, and so
     every int8 value, is the same in the kernels and in the emulation of their quantiser.
 
     Multiples of 1/32, exact in both 16-bit types; token N - 1 - n is the negative of token n.
+    uneven: every other key block of the first half is half as large, so that a block with the scale
+    of another would show.
     """
     axis = 1 if layout == "BNHD" else 2
     grid = (k.float() * 32).round().clamp(-127, 127) / 32
     n = k.shape[axis]
     first = grid.narrow(axis, 0, n // 2)
+    if uneven:
+        size = 1.0 - torch.arange(n // 2, device=k.device) // BLOCK_K % 2 / 2
+        first = first * size.view(-1, *[1] * (k.dim() - 1 - axis))
     middle = torch.zeros_like(grid.narrow(axis, 0, n % 2))
     return torch.cat([first, middle, -first.flip(axis)], dim=axis).to(k.dtype)
 

@@ -55,7 +55,7 @@ def inputs_of(case: Case, seed: int = 0) -> Inputs:
     """Inputs on the device; a low-bit case gets keys whose quantisation is certain."""
     inputs = make_inputs(case, DEVICE, seed=seed)
     if case.quant != "none":
-        inputs.k = settled_keys(inputs.k, case.layout)
+        inputs.k = settled_keys(inputs.k, case.layout, uneven=True)
     return inputs
 
 
