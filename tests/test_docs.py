@@ -98,12 +98,10 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
         for line in lines:
             for part in re.split(r"&&|\|", line):
                 words = shlex.split(part, comments=True)
-                # The last one, as a profiler's arguments come before it; no value of an option.
-                places = [
-                    i
-                    for i, word in enumerate(words)
-                    if word == program and (i == 0 or words[i - 1] != "--attention")
-                ]
+                # The last one, as a profiler's arguments come before it; no argument of a script.
+                scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+                words = words[: min(scripts) + 1] if program == "sla2" and scripts else words
+                places = [i for i, word in enumerate(words) if word == program]
                 if places:
                     start = places[-1] + 1
                     found.append((short(path), words[start:]))
