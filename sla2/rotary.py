@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from .autograd import Grads
+from .constants import HEAD_DIMS
 from .ops import _DTYPES, _extension, _kernel_input, _operand, empty_like
-
-_HEAD_DIMS = (64, 128)
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ def _kernel_takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         x.device.type == "cuda"
         and x.dtype in _DTYPES
         and x.dim() == 4
-        and x.shape[-1] in _HEAD_DIMS
+        and x.shape[-1] in HEAD_DIMS
         and all(angle.dtype == torch.float32 and not angle.requires_grad for angle in (cos, sin))
     )
 

@@ -52,6 +52,19 @@ def record_two_layers(folder: Path) -> Path:
     return record(folder, dict.fromkeys(names, random_samples()))
 
 
+def errors_line(router: Path, topk: float) -> str:
+    """What the scripts of stage 1 print of a router file of two layers, from the report beside."""
+    with (router.parent / "report.csv").open(newline="") as stream:
+        own = [row for row in csv.DictReader(stream) if row["topk"] == str(topk)]
+    assert len(own) == 2
+    start, fitted = (sum(float(row[f"error_{x}"]) for row in own) / 2 for x in ("start", "fitted"))
+    kept = [row["kept"] for row in own].count("start")
+    return (
+        f"topk {topk:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; {kept} of 2 "
+        f"layers kept the start; {router}\n"
+    )
+
+
 class Model(nn.Module):
     """Has SLA2Attention where the recording says."""
 

@@ -73,7 +73,7 @@ FAULTS = (
         (f"{ROTARY}::test_gradient_is_the_inverse_rotation",),
     ),
     Fault(
-        "heads beyond the fourth rotated by the first's angles", f"{KERNELS}/portable/rotary.cu",
+        "every fourth head turned by the angles of the one before", f"{KERNELS}/portable/rotary.cu",
         "if (!shared && head > 0)", "if (!shared && i > 0)",
         (f"{ROTARY}::test_bits",),
     ),

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fit_cases import errors_line
 from package_tools import REPOSITORY
 from PIL import Image
 from safetensors.torch import load_file
@@ -114,15 +115,7 @@ def test_stage1_fits_every_layer_and_goes_on(
     before = router.read_bytes()
     assert record_and_fit.main(stage1_arguments(router.parents[1])) == 0
     assert router.read_bytes() == before
-    with (router.parent / "report.csv").open(newline="") as stream:
-        own = [row for row in csv.DictReader(stream) if row["topk"] == str(TOPK)]
-    assert len(own) == 2
-    start, fitted = (sum(float(row[f"error_{x}"]) for row in own) / 2 for x in ("start", "fitted"))
-    kept = [row["kept"] for row in own].count("start")
-    assert (
-        f"topk {TOPK:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; {kept} of 2 "
-        f"layers kept the start; {router}\n"
-    ) in capsys.readouterr().out
+    assert errors_line(router, TOPK) in capsys.readouterr().out
 
 
 def test_stage1_tells_the_space_that_samples_take(router: Path) -> None:

@@ -214,22 +214,11 @@ def test_the_document_shows_the_results(folder: Path, tmp_path: Path) -> None:
     apart = report._signed(differences(results, ("sla2", QUANT), ("full", "none")))
     row = f"{spread.mean:.5f} ± {spread.deviation:.5f} | {apart}"
     assert row in text
-    assert "### Stage 1 by layer" in text and "fit of stage 1 as it was before" not in text
+    assert "### Stage 1 by layer" in text
     for fit in layer_fits(results):
         errors = f"{fit.error_identity:.4f} | {fit.error_start:.4f} | {fit.error_fitted:.4f}"
         assert f"| `{fit.layer}` | {report._sparsity(fit.topk)} | {errors} | {fit.kept} |" in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
-
-
-def test_results_without_stage1_by_layer_are_told_apart(folder: Path, tmp_path: Path) -> None:
-    path, page = tmp_path / "quality.json", tmp_path / "quality.md"
-    results = json.loads((folder / "quality.json").read_text())
-    del results["stage1"]["layers"]
-    path.write_text(json.dumps(results))
-    assert run.main(["--report", "--results", str(path), "--document", str(page)]) == 0
-    text = page.read_text()
-    assert "### Stage 1 by layer" not in text and "fit of stage 1 as it was before" in text
-    assert "alpha by eq. 7 on the samples" in " ".join(text.split())
 
 
 def test_without_results_the_document_says_so(tmp_path: Path) -> None:

@@ -63,6 +63,20 @@ def test_what_the_kernel_takes(changes: dict[str, Any], taken: bool) -> None:
     assert rotary._kernel_takes(x, angle, angle) == taken
 
 
+def test_what_is_compiled_is_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor fuses it with what stands beside; an operator would be in its way."""
+    taken: list[bool] = []
+    monkeypatch.setattr(rotary, "_kernel_takes", lambda *args: True)
+    operator = SimpleNamespace(rotary=lambda x, *args: taken.append(True) or x)
+    monkeypatch.setattr(torch.ops, "sla2", operator, raising=False)
+    x, cos, sin = torch.randn(3, 1, 5, 1, 64).unbind()
+    rotary.rotate_pairs(x, cos, sin)
+    assert taken == [True]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(rotary.rotate_pairs(x, cos, sin), rotary._rotate(x, cos, sin))
+    assert taken == [True]
+
+
 def test_arguments_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strides as they are, zeros where angles are shared, whatever holds x."""
     calls: list[dict[str, Any]] = []

@@ -36,11 +36,6 @@ that folder, kept as `bench/results/h200_quality.json`, becomes this section wit
 `python bench/quality/run.py --report`.
 """
 
-FIT_BEFORE = """
-These numbers were made with the fit of stage 1 as it was before: constant rate and temperature,
-alpha as trained in soft mode, and for the router that is not learned alpha by eq. 7.
-"""
-
 READING = """
 The base model has a held-out loss of {base:.5f}. Mean ± standard deviation over {seeds} seeds; the
 difference is that of the loss to full attention fine-tuned on the same batches, seed by seed. The
@@ -79,19 +74,6 @@ Kept: the one of start and fitted with the smaller error; it is the learned rout
 {still}
 """
 
-# By whether stage 1 is recorded by layer: the fit as it is, and as it was before.
-RECIPES = {
-    True: """
-    Rate and temperature fall over the steps; then alpha is refitted in hard mode, and of the fitted
-    router and the one it started from the one with the smaller error in hard mode is kept.
-    """,
-    False: "Rate and temperature were constant, and alpha was left as trained in soft mode.",
-}
-IDENTITY_ALPHA = {
-    True: "alpha refitted in hard mode on the samples of stage 1, as it is for the learned router",
-    False: "alpha by eq. 7 on the samples of stage 1",
-}
-
 METHOD = (
     """
     **Data.** Clips of {frames} frames of {width} x {height} pixels, made from photographs that
@@ -107,8 +89,10 @@ METHOD = (
     """,
     """
     **Stage 1.** q, k, v of {samples} calls of every layer at as many timesteps, on training clips,
-    and `fit_router` at {shares}, {stage1_steps} steps each ([training.md](training.md)). {recipe}
-    One fit serves all seeds.
+    and `fit_router` at {shares}, {stage1_steps} steps each ([training.md](training.md)). Rate and
+    temperature fall over the steps; then alpha is refitted in hard mode, and of the fitted router
+    and the one it started from the one with the smaller error in hard mode is kept. One fit serves
+    all seeds.
     """,
     """
     **Stage 2.** {steps} steps of {batch} clips, all weights, AdamW at {lr:g} (alpha, and SLA's
@@ -122,11 +106,11 @@ METHOD = (
     """,
     """
     **Variants**, at {fewest} sparsity. Without QAT: fine-tuned in 16 bit, then evaluated in {quant}
-    and, for comparison, as it was trained. Top-k router: identity projections, {identity_alpha}.
-    Alpha fixed: 0.85 for all heads and query blocks, neither fitted nor trained, beside the learned
-    router. SLA: the identity router; the output of linear attention over all tokens goes through a
-    projection that is zero at the start and is added to the sparse branch. It stays in 16 bit, for
-    it has no low-bit form.
+    and, for comparison, as it was trained. Top-k router: identity projections, alpha refitted in
+    hard mode on the samples of stage 1, as it is for the learned router. Alpha fixed: 0.85 for all
+    heads and query blocks, neither fitted nor trained, beside the learned router. SLA: the identity
+    router; the output of linear attention over all tokens goes through a projection that is zero at
+    the start and is added to the sparse branch. It stays in 16 bit, for it has no low-bit form.
     """,
     """
     **Limits.** The model is small and has seen few photographs. Differences between variants say
@@ -137,7 +121,7 @@ METHOD = (
 
 def document(results: Results | None, source: str = "") -> str:
     """The whole text of docs/quality.md. source: the file that `results` were read from."""
-    settings, section, recorded = Settings(), NOT_MEASURED, True
+    settings, section = Settings(), NOT_MEASURED
     if results is not None:
         saved: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
@@ -145,8 +129,7 @@ def document(results: Results | None, source: str = "") -> str:
         }
         settings = Settings(**saved)
         section = _measured(results, settings, source)
-        recorded = bool(layer_fits(results))
-    return "\n".join((TITLE, _wrap(PURPOSE), section, _method(settings, recorded)))
+    return "\n".join((TITLE, _wrap(PURPOSE), section, _method(settings)))
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -166,7 +149,6 @@ def _measured(results: Results, settings: Settings, source: str) -> str:
     for claim, first, second in CLAIMS:
         found = differences(results, first, second)
         claims.append((claim, _signed(found), _verdict(found)))
-    fits = layer_fits(results)
     return "\n".join(
         (
             "## Results",
@@ -174,12 +156,11 @@ def _measured(results: Results, settings: Settings, source: str) -> str:
             f"**{results['gpu']}**, {str(results['date'])[:10]}, commit {', '.join(commits)},",
             f"{versions}; `{results['command']}`, `{source}`.",
             "",
-            *([] if fits else [_wrap(FIT_BEFORE)]),
             _wrap(READING.format(base=base["loss"], seeds=settings.seeds)),
             _table(COLUMNS, rows, left=(0, 2, 3)),
             _wrap(CLAIMS_READING),
             _table(("claim", "difference", ""), claims, left=(0, 2)),
-            *(_stage1(fits, settings) if fits else []),
+            *_stage1(layer_fits(results), settings),
         )
     )
 
@@ -257,7 +238,7 @@ def _verdict(found: list[float]) -> str:
 # ---- method -------------------------------------------------------------------------------------
 
 
-def _method(s: Settings, recorded: bool) -> str:
+def _method(s: Settings) -> str:
     frames, height, width = s.grid
     tokens = frames * height * width
     blocks = -(-tokens // 64)
@@ -272,8 +253,6 @@ def _method(s: Settings, recorded: bool) -> str:
         "shares": _listed([f"{x:g}" for x in s.topk]),
         "fewest": _sparsity(s.topk[-1]),
         "quant": QUANT,
-        "recipe": RECIPES[recorded],
-        "identity_alpha": IDENTITY_ALPHA[recorded],
         "train": _photographs(TRAIN),
         "held_out": _photographs(HELD_OUT),
     }

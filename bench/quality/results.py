@@ -81,7 +81,7 @@ def read_results(path: Path) -> Results:
 
 
 def _what_is_wrong(fits: list[LayerFit], settings: dict[str, Any]) -> str | None:
-    for topk in settings["topk"] if fits else ():
+    for topk in settings["topk"]:
         own = {fit.layer for fit in fits if fit.topk == topk}
         if len(own) != settings["depth"]:
             return f"has {len(own)} of {settings['depth']} layers at {topk}"
@@ -109,12 +109,8 @@ class Spread(NamedTuple):
 
 
 def layer_fits(results: Results) -> list[LayerFit]:
-    """Stage 1 by layer and topk.
-
-    Empty where stage1.json does not have it: then the fit was one at a constant rate and
-    temperature, with alpha as trained in soft mode, and the identity had alpha by eq. 7.
-    """
-    return [LayerFit(**fit) for fit in results["stage1"].get("layers", ())]
+    """Stage 1 by layer and topk."""
+    return [LayerFit(**fit) for fit in results["stage1"]["layers"]]
 
 
 def still_identity(fits: list[LayerFit], topk: float) -> list[str]:

@@ -60,8 +60,8 @@ def gradients(inputs: Inputs, **options: Any) -> list[Tensor]:
 
 
 def differing_bytes(run: Callable[[], Sequence[Tensor]], times: int) -> int:
-    """Of `times` further runs, those that are not the first one's, while another stream keeps the
-    device busy; the host does not wait between runs."""
+    """Bytes that are not those of a first run in `times` further ones, while another stream keeps
+    the device busy; the host does not wait between runs."""
     expected = [as_bytes(x) for x in run()]
     a = torch.randn(4096, 4096, device=DEVICE, dtype=BF16)
     side = torch.cuda.Stream()

@@ -235,10 +235,11 @@ struct Bf16ComplementWorker {
       issue(0, b);
       wgmma_wait<1>();
       // This branch and the next also keep the operands in their place: ptxas would make them
-      // between the products, or after the wait.
+      // between the products.
       if (before >= 0) release(before);
       before = stage;
-      // Loaded only now: there before, ptxas made most of its operands ahead of the products.
+      // Loaded only now: of a word that is there earlier, ptxas makes most operands ahead of the
+      // products.
       make_operands<kBlocks>(a[1], load_mask<kBlocks>(stage, 1, row), rotation);
       if (more) {
         if (!here) wait_full();

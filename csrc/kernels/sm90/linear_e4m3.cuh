@@ -79,6 +79,7 @@ __device__ __forceinline__ void load_e4m3_tiles(const LinearArgs& args,
     }
     ticket = next_ticket;
   }
+  // An end for each mask warp; the products' warps read the first.
 #pragma unroll 1
   for (int i = 0; i < kMaskWarps; ++i) {
     mbarrier_wait(smem_address(&smem.tile_empty[ring.stage]), ring.parity ^ 1);
