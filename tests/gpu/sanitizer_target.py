@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import sla2
+from sla2 import ops
 from sla2.rotary import rotate_pairs
 
 
@@ -27,6 +28,15 @@ def lists(q: Tensor, rows: list[int], count: int) -> sla2.BlockMap:
     lut = torch.tensor(rows).expand(*shape, -1).contiguous().to(torch.uint16)
     counts = torch.full(shape, count, dtype=torch.int32)
     return sla2.BlockMap(lut.cuda(), counts.cuda(), seqlen=seqlen)
+
+
+def fill_outputs() -> None:
+    """Attention's results and the gradients of q, k and v hold NaN before they are written."""
+
+    def filled(x: Tensor) -> Tensor:
+        return torch.full_like(x, float("nan"), memory_format=torch.contiguous_format)
+
+    ops.empty_like = filled
 
 
 def run_case(
@@ -82,7 +92,10 @@ def main() -> None:
     parser.add_argument("--seqlens", type=int, nargs="+", default=[1, 65, 129, 193, 257])
     parser.add_argument("--heads", type=int, default=2, help="and batches (2)")
     parser.add_argument("--once", action="store_true", help="no second length, no invalid lists")
+    parser.add_argument("--fill-outputs", action="store_true", help=fill_outputs.__doc__)
     options = parser.parse_args()
+    if options.fill_outputs:
+        fill_outputs()
     instances = itertools.product(
         (torch.bfloat16, torch.float16), (64, 128), ("none", "int8_fp16", "int8_fp8")
     )
@@ -90,7 +103,9 @@ def main() -> None:
     count = 0
     for instance in instances:
         for hostile in (False,) if options.once else (False, False, True):
-            run_case(*instance, next(lengths), options.heads, hostile)
+            seqlen = next(lengths)
+            print(*instance, seqlen, "invalid lists" if hostile else "", flush=True)
+            run_case(*instance, seqlen, options.heads, hostile)
             count += 1
     torch.cuda.synchronize()
     print(f"ran {count} cases")

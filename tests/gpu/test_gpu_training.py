@@ -2,7 +2,11 @@
 
 The task is rectified flow on sequences whose tokens have to find their like. Both runs see the same
 numbers from the same start; the specification is differentiated by autograd, in float32 and
-unquantised. Without dQ the losses would differ by 14 %.
+unquantised. Without dQ the losses would differ by 23 %.
+
+The learning rate falls to zero, as it does where people train. At a constant rate a rounding grows
+until one run jumps where the other does not: the specification under bfloat16 autocast then differs
+from itself in float32 by 3 %, now by 0.2 %.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ pytestmark = GPU
 TOKENS, SPAN, CHANNELS, HEADS, HEAD_DIM, BATCH = 450, 75, 8, 2, 64, 4  # short last blocks
 WIDTH = HEADS * HEAD_DIM
 STEPS = 200
+LEARNING_RATE = 1e-3  # at first
 WINDOW = 20  # steps over which losses are averaged: one batch differs from the next
 LIMIT = 0.02  # of T18
 
@@ -89,13 +94,15 @@ class Run:
         self, attend: Callable[..., Tensor], quant: str = "none", *, precise: bool
     ) -> None:
         self.model = make_model(attend, quant)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.precise = precise
 
-    def train(self, first: int, last: int) -> Tensor:
-        """The losses of these steps."""
+    def train(self, first: int, last: int, steps: int = STEPS) -> Tensor:
+        """The losses from one step to another of so many."""
         losses = []
         for step in range(first, last):
+            for group in self.optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * (1 - step / steps)
             noised, velocity = draw(step)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=not self.precise):
                 predicted = self.model(noised)
@@ -143,6 +150,6 @@ def test_training_goes_on_with_the_same_bits() -> None:
 @pytest.mark.slow
 def test_10000_steps_stay_finite() -> None:
     run = Run(by_kernels, "int8_fp8", precise=False)
-    losses = run.train(0, 10_000)
+    losses = run.train(0, 10_000, steps=10_000)
     assert bool(losses.isfinite().all()) and losses[-100:].mean() < losses[:100].mean()
     assert all(bool(p.isfinite().all()) for p in run.model.parameters())
