@@ -8,12 +8,14 @@
 The model is the small one of bench/quality, on clips made from photographs. With a model of your
 own the steps are the same: run it on its own data at timesteps from all over the schedule, with a
 `QKVRecorder` around; then call `fit_router`.
+
+The same command goes on where it was interrupted: a recording begins anew, a fit continues. With
+other options --output is refused; to fit other routers to its samples, delete its folder fit.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from pathlib import Path
 
@@ -23,52 +25,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 from quality.clips import TRAIN, Clips
 from quality.flow import autocast, draw_batch
-from quality.model import VideoDiT, attention_names, load_model
+from quality.model import attention_names, load_model
+from run_folder import FIT_OPTIONS, add_stage1_arguments, print_errors, record_once, settings_of
 
 import sla2
-from sla2.train import QKVRecorder, fit_router, read_report
+from sla2.train import QKVRecorder, fit_router
 
 
 @torch.no_grad()
-def record(model: VideoDiT, folder: Path, samples: int, dtype: torch.dtype) -> None:
+def record(options: argparse.Namespace, folder: Path, device: torch.device) -> None:
     """One forward pass per sample, each of another clip at another timestep."""
-    device = model.head.weight.device
+    model = load_model(options.model, device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     clips = Clips(TRAIN, model.clip_size, device)
     # Full attention is hooked under the names that SLA2Attention will have.
     names = attention_names(model)
     with (
-        QKVRecorder(model, folder, layers=names, max_samples_per_layer=samples) as recorder,
+        QKVRecorder(model, folder, layers=names, max_samples_per_layer=options.samples) as recorder,
         autocast(device, dtype),
     ):
         # The timesteps of one batch are spread evenly over the schedule.
-        noised, timesteps, _ = draw_batch(clips, samples, "stage 1")
+        noised, timesteps, _ = draw_batch(clips, options.samples, "stage 1")
         for clip, t in zip(noised.split(1), timesteps.split(1), strict=True):
             recorder.step(t)
             model(clip, t)
-
-
-def print_errors(fit: Path, routers: dict[float, Path]) -> None:
-    """Relative errors in hard mode, over the recorded samples, in the mean over layers."""
-    report = read_report(fit)
-    for topk, path in routers.items():
-        own = [row for row in report if row.topk == topk]
-        start = statistics.fmean(row.error_start for row in own)
-        fitted = statistics.fmean(row.error_fitted for row in own)
-        kept = sum(row.kept == "start" for row in own)
-        print(
-            f"topk {topk:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; "
-            f"{kept} of {len(own)} layers kept the start; {path}"
-        )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Stage 1 of SLA2: record, then fit the routers")
     parser.add_argument("--model", type=Path, required=True, help="model.safetensors, as trained")
     parser.add_argument("--output", type=Path, required=True, help="folder for samples and fit")
-    parser.add_argument("--topk", type=float, nargs="+", default=[0.05, 0.04, 0.03])
-    parser.add_argument("--samples", type=int, default=12, help="recorded calls of each layer")
-    parser.add_argument("--steps", type=int, default=500, help="for each layer and topk")
-    parser.add_argument("--quant", default="int8_fp8", help="of stage 2; noted in the router files")
+    add_stage1_arguments(parser, samples=12)
     parser.add_argument("--device", default="cuda" if sla2.is_available("cuda") else "cpu")
     return parser.parse_args(argv)
 
@@ -76,10 +63,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     device = torch.device(options.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    samples, fit = options.output / "samples", options.output / "fit"
-    if not fit.exists():  # else an interrupted fit goes on with the samples that are there
-        record(load_model(options.model, device).eval(), samples, options.samples, dtype)
+    settings = settings_of(options, free=("output", *FIT_OPTIONS)) | {"device": device.type}
+    samples = record_once(options.output, settings, lambda folder: record(options, folder, device))
+    fit = options.output / "fit"
     routers = fit_router(
         samples,
         fit,

@@ -305,7 +305,8 @@ SMALL = {
 }
 
 
-TRAINING = {"fit_stage1.py", "train_stage2.py"}  # tests/test_examples_training.py runs these
+# tests/test_examples_training.py runs these
+TRAINING = {"fit_stage1.py", "run_folder.py", "train_stage2.py"}
 
 
 @pytest.mark.parametrize("path", [p for p in EXAMPLES if p.name not in TRAINING], ids=short)

@@ -19,7 +19,9 @@ from package_tools import REPOSITORY
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(REPOSITORY / "bench"))
+sys.path.insert(0, str(REPOSITORY / "examples"))
 
+import run_folder
 from quality.model import load_model, use_sla2
 
 import sla2
@@ -56,13 +58,18 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.model = folder / "base" / "model.safetensors"
         self.router = folder / "stage1" / "fit" / f"router_{TOPK:g}.safetensors"
-        base = [*SMALL, *SIZES, "--steps", "2", "--output", str(folder / "base")]
-        assert train_stage2.main(base) == 0
-        self.stage1 = [
-            *("--device", "cpu", "--model", str(self.model), "--output", str(folder / "stage1")),
-            *("--topk", "0.5", str(TOPK), "--samples", "2", "--steps", "2"),
-        ]
+        self.other_model = folder / "other" / "model.safetensors"
+        for seed, model in enumerate((self.model, self.other_model)):
+            base = [*SMALL, *SIZES, "--steps", "2", "--seed", str(seed)]
+            assert train_stage2.main([*base, "--output", str(model.parent)]) == 0
+        self.stage1 = self.stage1_arguments(folder / "stage1")
         assert fit_stage1.main(self.stage1) == 0
+
+    def stage1_arguments(self, output: Path, *more: str) -> list[str]:
+        return [
+            *("--device", "cpu", "--model", str(self.model), "--output", str(output)),
+            *("--topk", "0.5", str(TOPK), "--samples", "2", "--steps", "2", *more),
+        ]
 
     def arguments(self, output: Path, *more: str, steps: int = 4) -> list[str]:
         return [
@@ -116,6 +123,97 @@ def test_stage1_goes_on(trained: Run, capsys: pytest.CaptureFixture[str]) -> Non
     assert fit_stage1.main(trained.stage1) == 0
     assert trained.router.read_bytes() == before
     assert errors_line(trained.router, TOPK) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("--topk", "1.5"), "--topk: 1.5 is no share of the key blocks"),
+        (("--topk", "0.2", "0.5"), "--topk: 0.2 0.5 must descend"),
+        (("--topk", "0.2", "0.2"), "--topk: 0.2 0.2 must descend"),
+        (("--samples", "0"), "--samples: 0 is less than 1"),
+        (("--steps", "0"), "--steps: 0 is less than 1"),
+        (("--quant", "int4"), "--quant: invalid choice: 'int4'"),
+    ],
+)
+def test_stage1_is_checked_before_it_records(
+    trained: Run,
+    tmp_path: Path,
+    wrong: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        fit_stage1.main(trained.stage1_arguments(tmp_path, *wrong))
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_recording_begins_anew(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "stage1"
+    with monkeypatch.context() as context:
+        step = sla2.train.QKVRecorder.step
+
+        def interrupted(recorder: Any, timestep: Any) -> None:
+            if recorder.counts:
+                raise KeyboardInterrupt
+            step(recorder, timestep)
+
+        context.setattr(sla2.train.QKVRecorder, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):  # of another model: nothing of it is kept
+            fit_stage1.main(trained.stage1_arguments(output, "--model", str(trained.other_model)))
+    assert not (output / "samples").exists() and len(list(output.glob("*/*.safetensors"))) == 2
+    assert fit_stage1.main(trained.stage1_arguments(output)) == 0
+    assert (output / "fit" / trained.router.name).read_bytes() == trained.router.read_bytes()
+    assert len(list((output / "samples").iterdir())) == 4
+    assert {path.name for path in output.iterdir()} == {"samples", "fit", "recording.json"}
+
+
+def test_stage1_of_another_recording_is_refused(trained: Run) -> None:
+    output, before = trained.router.parents[1], trained.router.read_bytes()
+    for option, value in (("--model", str(trained.other_model)), ("--samples", "3")):
+        with pytest.raises(ValueError, match=rf"begun with {option} .*another --output"):
+            fit_stage1.main(trained.stage1_arguments(output, option, value))
+    for option, value in (("topk", "0.4"), ("steps", "3")):
+        with pytest.raises(ValueError, match=f"has {option}="):
+            fit_stage1.main(trained.stage1_arguments(output, f"--{option}", value))
+    assert trained.router.read_bytes() == before
+
+
+def test_stage1_leaves_foreign_samples_alone(trained: Run, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "own.safetensors").touch()
+    with pytest.raises(ValueError, match=r"lacks recording\.json: choose another --output"):
+        fit_stage1.main(trained.stage1_arguments(tmp_path))
+    assert [path.name for path in tmp_path.rglob("*")] == ["samples", "own.safetensors"]
+
+
+def test_fingerprints_are_of_the_content(tmp_path: Path) -> None:
+    def write(name: str, data: bytes) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+    small, large = bytes(range(256)) * 100, bytes(9_000_000)
+    path = write("a/1.safetensors", small)
+    before = run_folder.fingerprint(path), run_folder.fingerprint(path.parent)
+    moved = write("b/1.safetensors", small)
+    assert (run_folder.fingerprint(moved), run_folder.fingerprint(moved.parent)) == before
+    changed = write("b/1.safetensors", small[:7777] + b"!" + small[7778:])
+    assert run_folder.fingerprint(changed) != before[0]
+    assert run_folder.fingerprint(write("b/1.safetensors", small[:-1])) != before[0]
+    write("a/2.safetensors", small)
+    assert run_folder.fingerprint(path.parent) != before[1]
+    # Only pieces of a large file are read: both ends are among them.
+    before_large = run_folder.fingerprint(write("c/1", large))
+    for position in (0, len(large) - 1):
+        other = large[:position] + b"!" + large[position + 1 :]
+        assert run_folder.fingerprint(write("c/1", other)) != before_large
+    assert run_folder.fingerprint(write("c/1", b"")) == run_folder.fingerprint(write("d/1", b""))
+    with pytest.raises(FileNotFoundError):
+        run_folder.fingerprint(tmp_path / "none")
 
 
 def test_a_resumed_run_gives_the_same_bits(

@@ -125,6 +125,65 @@ def test_stage1_tells_the_space_that_samples_take(router: Path) -> None:
     assert sum(path.stat().st_size for path in files) == pytest.approx(expected, rel=0.01)
 
 
+def test_stage1_is_checked_before_it_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        record_and_fit.main([*stage1_arguments(tmp_path), "--topk", "1.5"])
+    assert "--topk: 1.5 is no share of the key blocks" in capsys.readouterr().err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n")
+    with pytest.raises(ValueError, match=r"prompts\.txt holds no prompt"):
+        record_and_fit.main([*stage1_arguments(tmp_path / "run"), "--prompts", str(prompts)])
+    assert not list(tmp_path.rglob("samples*"))
+
+
+def test_an_interrupted_recording_begins_anew(
+    router: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt_inputs = record_and_fit.prompt_inputs
+
+    def interrupted(*arguments: Any) -> Any:
+        if arguments[1] == record_and_fit.PROMPTS[1]:
+            raise KeyboardInterrupt
+        return prompt_inputs(*arguments)
+
+    with monkeypatch.context() as context:
+        context.setattr(record_and_fit, "prompt_inputs", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            record_and_fit.main(stage1_arguments(tmp_path))
+    assert list(tmp_path.glob("*/*.safetensors"))
+    assert record_and_fit.main(stage1_arguments(tmp_path)) == 0
+    assert (tmp_path / "fit" / router.name).read_bytes() == router.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", "5"), ("--samples", "3"), ("--inference-steps", "3")]
+)
+def test_stage1_of_another_recording_is_refused(router: Path, option: str, value: str) -> None:
+    before = router.read_bytes()
+    with pytest.raises(ValueError, match=rf"begun with {option} .*another --output"):
+        record_and_fit.main([*stage1_arguments(router.parents[1]), option, value])
+    assert router.read_bytes() == before
+
+
+def test_a_folder_of_weights_is_known_by_its_content(tmp_path: Path) -> None:
+    """As --model: its place is no part of what a run was begun with."""
+    size, cpu = wan_models.SIZES["tiny"], torch.device("cpu")
+    model = wan_models.random_transformer(size, cpu, torch.float32)
+    arguments = [*TINY, "--output", "x", "--model"]
+    settings = []
+    for name, delta in (("a", 0.0), ("b", 0.0), ("c", 1.0)):
+        with torch.no_grad():
+            model.proj_out.weight += delta
+        model.save_pretrained(tmp_path / name / "transformer")
+        options = record_and_fit.parse([*arguments, str(tmp_path / name)])
+        loaded = wan_models.load_transformer(options, cpu, torch.float32)
+        assert torch.equal(loaded.proj_out.weight, model.proj_out.weight)
+        settings.append(record_and_fit.settings_of(options, ("output",)))
+    assert settings[0] == settings[1] != settings[2]
+
+
 # ---- stage 2 ------------------------------------------------------------------------------------
 
 

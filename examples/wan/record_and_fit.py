@@ -6,15 +6,16 @@
 
 The pipeline generates a video for each prompt (one a line), and a few calls of every layer, chosen
 at random over prompts, timesteps and both halves of the guidance, go to --output/samples. The fit
-in --output/fit ends in one router file for each share of blocks: what finetune.py starts from. The
-same command goes on with a fit that was interrupted.
+in --output/fit ends in one router file for each share of blocks: what finetune.py starts from.
+
+The same command goes on where it was interrupted: a recording begins anew, a fit continues. With
+other options --output is refused; to fit other routers to its samples, delete its folder fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,19 @@ from wan_models import (
 )
 
 import sla2
-from sla2.train import QKVRecorder, fit_router, read_report
+from sla2.train import QKVRecorder, fit_router
+
+# The folder of a run is that of the example of stage 1 on a small model.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from run_folder import (
+    FIT_OPTIONS,
+    add_stage1_arguments,
+    positive,
+    print_errors,
+    record_once,
+    settings_of,
+)
 
 PROMPTS = (
     "A cat walks along a sandy beach at sunset, waves rolling in behind it",
@@ -41,15 +54,24 @@ PROMPTS = (
 )
 
 
+def read_prompts(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return PROMPTS
+    lines = path.read_text(encoding="utf-8").splitlines()
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt: it needs one a line")
+    return prompts
+
+
 def record(options: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    prompts = read_prompts(options.prompts)
+    gigabytes = bytes_on_disk(options, device) / 1e9
+    print(f"the samples will take {gigabytes:.1f} GB in {folder.parent}", flush=True)
     pipe = load_pipeline(options, device).to(device)
     pipe.set_progress_bar_config(disable=not options.progress)
     # All blocks kept is full attention, in modules that have the names the router files need.
     print(sla2.apply(pipe.transformer, topk=1.0, **video_size(options)))
-    prompts = PROMPTS
-    if options.prompts is not None:
-        lines = options.prompts.read_text(encoding="utf-8").splitlines()
-        prompts = tuple(line.strip() for line in lines if line.strip())
     with QKVRecorder(
         pipe.transformer, folder, max_samples_per_layer=options.samples, seed=options.seed
     ) as recorder:
@@ -78,29 +100,12 @@ def bytes_on_disk(options: argparse.Namespace, device: torch.device) -> int:
     return one * options.samples * config["num_layers"]
 
 
-def print_errors(fit: Path, routers: dict[float, Path]) -> None:
-    """Relative errors in hard mode, over the recorded samples, in the mean over layers."""
-    report = read_report(fit)
-    for topk, path in routers.items():
-        own = [row for row in report if row.topk == topk]
-        start = statistics.fmean(row.error_start for row in own)
-        fitted = statistics.fmean(row.error_fitted for row in own)
-        kept = sum(row.kept == "start" for row in own)
-        print(
-            f"topk {topk:g}: relative error {start:.3f} at the start, {fitted:.3f} fitted; "
-            f"{kept} of {len(own)} layers kept the start; {path}"
-        )
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Stage 1 of SLA2 for Wan2.1")
     parser.add_argument("--output", type=Path, required=True, help="folder for samples and fit")
     parser.add_argument("--prompts", type=Path, help="text file, one a line (default: four)")
-    parser.add_argument("--inference-steps", type=int, default=30, help="of each generation")
-    parser.add_argument("--samples", type=int, default=4, help="recorded calls of each layer")
-    parser.add_argument("--topk", type=float, nargs="+", default=[0.05, 0.04, 0.03])
-    parser.add_argument("--steps", type=int, default=500, help="of the fit, per layer and share")
-    parser.add_argument("--quant", default="int8_fp8", help="of stage 2; noted in the router files")
+    parser.add_argument("--inference-steps", type=positive, default=30, help="of each generation")
+    add_stage1_arguments(parser, samples=4)
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     add_arguments(parser)
     return complete(parser.parse_args(argv))
@@ -109,14 +114,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     device = torch.device(options.device)
-    samples, fit = options.output / "samples", options.output / "fit"
-    if not fit.exists():  # else a fit goes on with the samples that are there
-        gigabytes = bytes_on_disk(options, device) / 1e9
-        print(f"the samples will take {gigabytes:.1f} GB in {samples}", flush=True)
-        record(options, samples, device)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    free = ("output", "progress", *FIT_OPTIONS)
+    settings = settings_of(options, free) | {"device": device.type}
+    samples = record_once(options.output, settings, lambda folder: record(options, folder, device))
+    gc.collect()  # the pipeline
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    fit = options.output / "fit"
     routers = fit_router(
         samples,
         fit,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,8 @@ def complete(options: argparse.Namespace) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.model = options.model or size.hub
+    if options.model is not None and Path(options.model).is_dir():
+        options.model = Path(options.model)
     options.random_weights = options.random_weights or options.model is None
     return options
 
