@@ -11,7 +11,8 @@ only set the variables by which torch.distributed finds the other processes.
 The loop is plain: rectified flow, AdamW, bfloat16 autocast over float32 weights, on the model and
 the clips of bench/quality. SLA2's part is in `build` (attention, router, stage), `param_groups`,
 and for FSDP2 in `distribute`. Written into --output: log.csv, the last checkpoint, from which the
-same command goes on with --resume, and at the end model.safetensors and router.safetensors.
+same command goes on with --resume, and at the end model.safetensors and router.safetensors. A
+resumed run may differ in what MAY_CHANGE names; any other difference is refused by name.
 """
 
 from __future__ import annotations
@@ -46,10 +47,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 from quality.clips import TRAIN, Clips
 from quality.flow import autocast, draw_batch, learning_rate
 from quality.model import VideoDiT, load_model, use_sla2, write_model
+from run_folder import check_settings, settings_of, write_settings
 
 import sla2
 
 COLUMNS = ("step", "loss", "gradient_norm", "lr", "seconds")
+# A resumed run may be longer, and spread over its machines in another way.
+MAY_CHANGE = ("output", "resume", "steps", "checkpoint_every", "batch", "parallel", "device")
 
 
 # ---- model --------------------------------------------------------------------------------------
@@ -299,15 +303,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, train: Callable[[Any, torch.device], None]) -> int:
-    """`train` among its processes, unless --output holds a run and --resume was not said."""
+    """`train` among its processes, unless --output holds a run and --resume was not said.
+
+    Raises ValueError where it holds a run with other options.
+    """
     options.output.mkdir(parents=True, exist_ok=True)
-    if checkpoints(options.output) and not options.resume:
+    settings, kept = settings_of(options, MAY_CHANGE), options.output / "settings.json"
+    begun = bool(checkpoints(options.output))
+    if begun and not options.resume:
         print(f"{options.output} holds a run: go on with --resume, or choose another folder")
         return 2
+    if begun:
+        check_settings(kept, settings)
     # A run of one process is what it is told to be.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     device = begin(options.device)
     try:
+        if is_main() and not begun:
+            write_settings(kept, settings)
         train(options, device)
     finally:
         if dist.is_initialized():

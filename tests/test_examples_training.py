@@ -238,6 +238,68 @@ def test_a_resumed_run_gives_the_same_bits(
     assert rows(parts) == rows(whole)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--model", "another file"), ("--model", None), ("--router", None)),
+        *(("--seed", "5"), ("--lr", "1"), ("--precision", "bfloat16")),
+    ],
+)
+def test_another_run_is_not_resumed(
+    begun: list[str], trained: Run, option: str, value: str | None
+) -> None:
+    arguments = list(begun)
+    if option in begun:
+        place = begun.index(option)
+        del arguments[place : place + 2]
+    if value is not None:
+        arguments += [option, str(trained.other_model) if option == "--model" else value]
+    output = Path(begun[begun.index("--output") + 1])
+    before = sorted(path.name for path in output.iterdir()), rows(output)
+    with pytest.raises(ValueError, match=rf"begun with {option} .*another --output"):
+        train_stage2.main([*arguments, "--resume"])
+    assert (sorted(path.name for path in output.iterdir()), rows(output)) == before
+
+
+@pytest.fixture(scope="module")
+def begun(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a run of one step that is there."""
+    arguments = trained.arguments(tmp_path_factory.mktemp("begun"), steps=1)
+    assert train_stage2.main(arguments) == 0
+    return arguments
+
+
+def test_a_resumed_run_may_be_longer_and_elsewhere(trained: Run, tmp_path: Path) -> None:
+    """Files are known by their content, wherever they are."""
+    output, model, router = tmp_path / "run", tmp_path / "model", tmp_path / "router"
+    assert train_stage2.main(trained.arguments(output, steps=1)) == 0
+    model.write_bytes(trained.model.read_bytes())
+    router.write_bytes(trained.router.read_bytes())
+    moved = ("--model", str(model), "--router", str(router), "--checkpoint-every", "1")
+    more = (*moved, "--batch", "2", "--resume")
+    assert train_stage2.main(trained.arguments(output, *more, steps=2)) == 0
+    assert len(rows(output)) == 2
+
+
+def test_a_checkpoint_without_settings_is_not_resumed(trained: Run, tmp_path: Path) -> None:
+    assert train_stage2.main(trained.arguments(tmp_path, steps=1)) == 0
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match=r"lacks settings\.json: choose another --output"):
+        train_stage2.main(trained.arguments(tmp_path, "--resume", steps=2))
+
+
+def test_settings_belong_to_the_checkpoint(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ended before its first checkpoint binds the next one to nothing."""
+    with monkeypatch.context() as context:
+        context.setattr(train_stage2, "draw_batch", stop_at(0, train_stage2.draw_batch))
+        with pytest.raises(KeyboardInterrupt):
+            train_stage2.main(trained.arguments(tmp_path, "--seed", "5"))
+    for steps in (1, 2):
+        assert train_stage2.main(trained.arguments(tmp_path, "--resume", steps=steps)) == 0
+
+
 def stop_at(step: int, draw: Callable[..., Any]) -> Callable[..., Any]:
     def drawn(clips: Any, count: int, seed: int, index: int, rank: int) -> Any:
         if index == step:

@@ -230,6 +230,20 @@ def test_a_resumed_run_gives_the_same_bits(
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+def test_another_run_is_not_resumed(router: Path, tmp_path: Path) -> None:
+    assert finetune.main(tune(router, tmp_path, "--batch", "1", steps=1)) == 0
+    config = tmp_path / "transformer" / "config.json"
+    config.unlink()
+    for option, value in (("--lr", "1"), ("--seed", "5"), ("--topk", "0.5"), ("--warmup", "3")):
+        with pytest.raises(ValueError, match=rf"begun with {option} .*another --output"):
+            finetune.main(tune(router, tmp_path, option, value, "--resume"))
+    arguments = tune(router, tmp_path, "--resume")
+    arguments = [x for x in arguments if x not in ("--router", str(router))]
+    with pytest.raises(ValueError, match=r"begun with --router '.*', this call has None"):
+        finetune.main(arguments)
+    assert not config.exists() and len(losses(tmp_path)) == 1  # nothing was written
+
+
 def test_two_processes_train_what_one_does(router: Path, tmp_path: Path) -> None:
     """Sharded, each with one video of a step, against one process with both."""
     one, two = tmp_path / "one", tmp_path / "two"

@@ -14,7 +14,8 @@ alpha trains beside the weights. Weights and sums of gradients are float32, prod
 
 Written into --output: log.csv, the last checkpoint, from which the same command goes on with
 --resume, and at the end transformer/, for `WanTransformer3DModel.from_pretrained`, and
-router.safetensors, for `sla2.apply`.
+router.safetensors, for `sla2.apply`. A resumed run may have other --steps, --checkpoint-every,
+--batch and --device, and another number of processes; what else differs is refused by name.
 """
 
 from __future__ import annotations
