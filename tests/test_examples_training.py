@@ -350,6 +350,19 @@ def test_two_processes(trained: Run, tmp_path: Path) -> None:
     assert len(rows(tmp_path / "fsdp")) == 3
 
 
+def test_sharded_in_16_bit(trained: Run, tmp_path: Path) -> None:
+    """FSDP2's own 16-bit policy: what is written is float32, and the router keeps every bit."""
+    more = ("--parallel", "fsdp", "--precision", "bfloat16")
+    launch(trained.arguments(tmp_path, *more, steps=2))
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2"]
+    written, router = result(tmp_path), load_file(trained.router)
+    assert {x.dtype for x in written.values()} == {torch.float32}
+    assert all(bool(x.isfinite().all()) for x in written.values())
+    for name, x in router.items():
+        kept = torch.equal(written[f"router/{name}"], x)
+        assert kept != name.endswith("alpha_offset"), name
+
+
 def launch(arguments: list[str]) -> None:
     """The example in two processes, as torchrun starts it."""
     script = REPOSITORY / "examples" / "train_stage2.py"
