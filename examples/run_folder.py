@@ -1,7 +1,7 @@
 """What the training examples share: an output folder that goes on, but never as another run.
 
-The same command goes on with what is in its --output. The settings a folder was begun with are in a
-JSON file beside it; a call with others is refused, naming the first that differs.
+The same command goes on with what is in its --output. A JSON file there keeps the settings that it
+was begun with; a call with others is refused, naming the first that differs.
 """
 
 from __future__ import annotations

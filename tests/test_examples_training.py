@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -179,6 +180,16 @@ def test_stage1_of_another_recording_is_refused(trained: Run) -> None:
         with pytest.raises(ValueError, match=f"has {option}="):
             fit_stage1.main(trained.stage1_arguments(output, f"--{option}", value))
     assert trained.router.read_bytes() == before
+
+
+def test_stage1_fits_other_shares_to_the_same_samples(
+    trained: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained.router.parents[1], tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "fit")
+    monkeypatch.delattr(fit_stage1, "record")  # samples that are there are not recorded again
+    assert fit_stage1.main(trained.stage1_arguments(tmp_path, "--topk", "0.4")) == 0
+    assert (tmp_path / "fit" / "router_0.4.safetensors").exists()
 
 
 def test_stage1_leaves_foreign_samples_alone(trained: Run, tmp_path: Path) -> None:
