@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KERNELS = "csrc/kernels"
-FORWARD, BACKWARD, SOFT, SOFT_MAP, MEMORY, VALUES, RUNTIME, SANITIZER, ROTARY = (
+FORWARD, BACKWARD, SOFT, SOFT_MAP, MEMORY, VALUES, RUNTIME, SANITIZER, ROTARY, PATHS = (
     f"tests/gpu/test_gpu_{name}.py"
     for name in (
         *("forward", "backward", "soft", "soft_map"),
-        *("memory", "values", "runtime", "sanitizer", "rotary"),
+        *("memory", "values", "runtime", "sanitizer", "rotary", "paths"),
     )
 )
 INSTANCES = f"{FORWARD}::test_instance"
@@ -54,7 +54,7 @@ ATTENTION_SM90, INPUTS_SM90, STORE_SM90 = (
 ROUTE_SM90 = f"{KERNELS}/sm90/router.cu"
 SELECT_SM90, SPLIT_SM90, LINEAR_SM90, STATE_SM90 = (
     f"{KERNELS}/sm90/{name}.cuh"
-    for name in ("router_select", "router_split", "linear_e4m3", "linear_e4m3_state")
+    for name in ("router_select", "router_split", "linear_e4m3_tiles", "linear_e4m3_state")
 )
 ATTENTION_ROWS_SM90 = f"{KERNELS}/sm90/attn_rows.cu"
 ROW_TILES_SM90, BF16_SM90 = (
@@ -239,8 +239,18 @@ FAULTS = (
     ),
     Fault(
         "columns of e4m3 states in another order, Hopper", STATE_SM90,
-        "within % 8 / 2 * 4 +", "within / 8 * 4 +",
+        "lane / 8 * 4 + lane / 4 % 2;", "lane / 16 * 4 + lane / 4 % 2;",
         (f"{FORWARD}::test_states_in_e4m3",),
+    ),
+    Fault(
+        "e4m3 products sum all key blocks, Hopper", LINEAR_SM90,
+        "constexpr int kSumRounds = 2;", "constexpr int kSumRounds = 1 << 20;",
+        (f"{PATHS}::test_sums_over_many_key_blocks",),
+    ),
+    Fault(
+        "kept sums of e4m3 products counted twice, Hopper", LINEAR_SM90,
+        "x -= moved.x;", "",
+        (f"{PATHS}::test_sums_over_many_key_blocks",),
     ),
     Fault(
         "short block not masked, none, Hopper", ATTENTION_ROWS_SM90,

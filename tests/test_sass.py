@@ -25,12 +25,12 @@ from package_tools import REPOSITORY, Package, cuobjdump, find_package, missing
 ATTENTION = "attn_fwd_kernel"
 ATTENTION_SM90 = "attn_fwd_sm90_kernel"
 # The other Hopper kernels: how many instances (by head_dim, or by dtype, head_dim and quant, `none`
-# also for the backward pass), and how many accesses to local memory. Projection with head_dim 128
+# also for the backward pass, int8_fp8 also for long sequences), and how many accesses to local memory. Projection with head_dim 128
 # parks two registers while it splits the weight.
 HELPERS_SM90 = {
     "SplitProjectParams": (2, 4),
     "route_kernel": (2, 0),
-    "linear_kernel": (12, 0),
+    "linear_kernel": (16, 0),
     "complement_sm90_kernel": (2, 0),
     "bwd_rows_sm90_kernel": (4, 0),
     "bwd_columns_sm90_kernel": (4, 0),

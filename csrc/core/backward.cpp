@@ -410,7 +410,7 @@ void finish(const Shape& shape, const sla2_attn_bwd_params& p, const BwdBuffers&
 sla2_status sla2_attn_bwd_workspace(const sla2_attn_bwd_params* params, size_t* bytes) {
   return sla2::guard([&] {
     sla2::require(params != nullptr && bytes != nullptr, "params or bytes is null");
-    const sla2::Shape shape = sla2::validate_shape(params->shape);
+    const sla2::Shape shape = sla2::validate_sizes(*params);
     sla2::Arena arena(nullptr);
     if (!sla2::is_empty(shape)) sla2::plan_attn_bwd(arena, shape, *params);
     *bytes = arena.used();

@@ -343,7 +343,7 @@ void run_attention(const Shape& shape, const sla2_attn_fwd_params& p, const Buff
 sla2_status sla2_route_workspace(const sla2_route_params* params, size_t* bytes) {
   return sla2::guard([&] {
     sla2::require(params != nullptr && bytes != nullptr, "params or bytes is null");
-    const sla2::Shape shape = sla2::validate_shape(params->shape);
+    const sla2::Shape shape = sla2::validate_sizes(*params);
     sla2::Arena arena(nullptr);
     if (!sla2::is_empty(shape)) {
       arena.take<float>(static_cast<int64_t>(shape.num_bh) * shape.num_k_blocks *
@@ -393,7 +393,7 @@ sla2_status sla2_route(const sla2_route_params* params) {
 sla2_status sla2_attn_fwd_workspace(const sla2_attn_fwd_params* params, size_t* bytes) {
   return sla2::guard([&] {
     sla2::require(params != nullptr && bytes != nullptr, "params or bytes is null");
-    const sla2::Shape shape = sla2::validate_shape(params->shape);
+    const sla2::Shape shape = sla2::validate_sizes(*params);
     sla2::Arena arena(nullptr);
     if (!sla2::is_empty(shape)) sla2::plan_attn_fwd(arena, shape, *params);
     *bytes = arena.used();

@@ -48,11 +48,15 @@ void validate_router(const sla2_router& router, int num_k_blocks) {
   validate_kept_blocks(router, "router.", num_k_blocks);
 }
 
-void validate_lists(const sla2_block_lists& lists, int num_k_blocks) {
+void validate_lists(const sla2_block_lists& lists) {
   require(lists.lut != nullptr && lists.counts != nullptr, "lists.lut or lists.counts is null");
-  require(lists.max_kv_blocks >= 1 && lists.max_kv_blocks <= num_k_blocks,
+}
+
+void validate_list_width(const sla2_block_lists& lists, const Shape& shape) {
+  if (shape.num_bh == 0 || shape.seqlen == 0) return;
+  require(lists.max_kv_blocks >= 1 && lists.max_kv_blocks <= shape.num_k_blocks,
           "lists.max_kv_blocks is ", lists.max_kv_blocks,
-          ": allowed are 1 to T_n = ", num_k_blocks);
+          ": allowed are 1 to T_n = ", shape.num_k_blocks);
 }
 
 template <typename Params>
@@ -91,26 +95,47 @@ Shape validate_shape(const sla2_shape& shape) {
           (shape.seqlen + SLA2_BLOCK_Q - 1) / SLA2_BLOCK_Q, num_k_blocks};
 }
 
-void validate_route(const sla2_route_params& params) {
+Shape validate_sizes(const sla2_route_params& params) {
   validate_header(&params);
   const Shape shape = validate_shape(params.shape);
   validate_choice(params.path, SLA2_PATH_SM90, "path");
+  validate_list_width(params.lists, shape);
+  return shape;
+}
+
+Shape validate_sizes(const sla2_attn_fwd_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  validate_choice(params.quant, SLA2_QUANT_INT8_FP8, "quant");
+  validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
+  validate_choice(params.path, SLA2_PATH_SM90, "path");
+  if (params.soft_map == nullptr) validate_list_width(params.lists, shape);
+  return shape;
+}
+
+Shape validate_sizes(const sla2_attn_bwd_params& params) {
+  validate_header(&params);
+  const Shape shape = validate_shape(params.shape);
+  validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
+  validate_choice(params.path, SLA2_PATH_SM90, "path");
+  if (params.soft_map == nullptr) validate_list_width(params.lists, shape);
+  return shape;
+}
+
+void validate_route(const sla2_route_params& params) {
+  const Shape shape = validate_sizes(params);
   if (shape.num_bh == 0 || shape.seqlen == 0) return;
   validate_tensor(params.q, "q", params.shape);
   validate_tensor(params.k, "k", params.shape);
   validate_router(params.router, shape.num_k_blocks);
-  validate_lists(params.lists, shape.num_k_blocks);
+  validate_lists(params.lists);
   require(params.lists.max_kv_blocks == params.router.num_kv_blocks, "lists.max_kv_blocks is ",
           params.lists.max_kv_blocks, " and router.num_kv_blocks ", params.router.num_kv_blocks,
           ": they must be equal");
 }
 
 void validate_attn_fwd(const sla2_attn_fwd_params& params) {
-  validate_header(&params);
-  const Shape shape = validate_shape(params.shape);
-  validate_choice(params.quant, SLA2_QUANT_INT8_FP8, "quant");
-  validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
-  validate_choice(params.path, SLA2_PATH_SM90, "path");
+  const Shape shape = validate_sizes(params);
   require(params.softmax_scale > 0.f, "softmax_scale is ", params.softmax_scale,
           ": it must be positive");
   if (shape.num_bh == 0 || shape.seqlen == 0) return;
@@ -126,7 +151,7 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
             " with a soft_map: it must be SLA2_QUANT_NONE");
     require(params.router.proj_q == nullptr, "router.proj_q is not null with a soft_map");
   } else {
-    validate_lists(params.lists, shape.num_k_blocks);
+    validate_lists(params.lists);
   }
   if (params.router.proj_q != nullptr) {
     validate_router(params.router, shape.num_k_blocks);
@@ -139,10 +164,7 @@ void validate_attn_fwd(const sla2_attn_fwd_params& params) {
 }
 
 void validate_attn_bwd(const sla2_attn_bwd_params& params) {
-  validate_header(&params);
-  const Shape shape = validate_shape(params.shape);
-  validate_choice(params.branch, SLA2_BRANCH_LINEAR, "branch");
-  validate_choice(params.path, SLA2_PATH_SM90, "path");
+  const Shape shape = validate_sizes(params);
   require(params.softmax_scale > 0.f, "softmax_scale is ", params.softmax_scale,
           ": it must be positive");
   if (shape.num_bh == 0 || shape.seqlen == 0) return;
@@ -161,7 +183,7 @@ void validate_attn_bwd(const sla2_attn_bwd_params& params) {
     validate_given_map(params);
     require(params.grad_log_map != nullptr, "grad_log_map is null with a soft_map");
   } else {
-    validate_lists(params.lists, shape.num_k_blocks);
+    validate_lists(params.lists);
   }
   require(params.branch != SLA2_BRANCH_BOTH || params.alpha_logit != nullptr,
           "alpha_logit is null with both branches");

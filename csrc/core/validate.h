@@ -15,6 +15,12 @@ std::string describe(const sla2_shape& shape);
 // Shape of the kernels' view; throws when a size is out of range. B = 0 or N = 0 is allowed.
 Shape validate_shape(const sla2_shape& shape);
 
+// What a workspace depends on: the struct's size, the shape, choices and the lists' width.
+Shape validate_sizes(const sla2_route_params& params);
+Shape validate_sizes(const sla2_attn_fwd_params& params);
+Shape validate_sizes(const sla2_attn_bwd_params& params);
+
+// Everything.
 void validate_route(const sla2_route_params& params);
 void validate_attn_fwd(const sla2_attn_fwd_params& params);
 void validate_attn_bwd(const sla2_attn_bwd_params& params);

@@ -85,6 +85,21 @@ void test_validation() {
   expect(sla2_attn_fwd(&params) == SLA2_INVALID_ARGUMENT, "a wrong struct size is refused");
   expect(std::strstr(sla2_last_error(), "size") != nullptr, "the message names the size");
 
+  // The first call of a program, which nothing else has checked.
+  size_t bytes = 0;
+  expect(sla2_attn_fwd_workspace(&params, &bytes) == SLA2_INVALID_ARGUMENT, "there too");
+  params = make_params();
+  params.quant = 7;
+  expect(sla2_attn_fwd_workspace(&params, &bytes) == SLA2_INVALID_ARGUMENT, "an unknown quant");
+  expect(std::strstr(sla2_last_error(), "quant is 7") != nullptr, "the message names it");
+  params = make_params();
+  params.lists.max_kv_blocks = -1;
+  expect(sla2_attn_fwd_workspace(&params, &bytes) == SLA2_INVALID_ARGUMENT, "lists of width -1");
+  sla2_attn_bwd_params backward = {};
+  expect(sla2_attn_bwd_workspace(&backward, &bytes) == SLA2_INVALID_ARGUMENT, "size 0, backward");
+  sla2_route_params route = {};
+  expect(sla2_route_workspace(&route, &bytes) == SLA2_INVALID_ARGUMENT, "size 0, router");
+
   params = make_params();
   params.shape.head_dim = 96;
   expect(sla2_attn_fwd(&params) == SLA2_INVALID_ARGUMENT, "head_dim 96 is refused");

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNEL_DTYPES, Case, make_inputs
+from cases import KERNEL_DTYPES, LARGE_SEQLENS, SMALL_SEQLENS, Case, make_inputs
 from compare import BACKWARD_REL_L2, check_backward, max_err, rel_l2
 from gpu_tools import (
     DEVICE,
@@ -220,7 +220,7 @@ def test_the_oracle() -> None:
         assert max_err(a, b) < 1e-9 * b.abs().max().item()
 
 
-LENGTHS = (1, 63, 64, 65, 127, 129, 200, 1000)
+LENGTHS = (*SMALL_SEQLENS, 200, 1000)
 COMBINATIONS = list(itertools.product(LENGTHS, (64, 128), BRANCHES))
 
 
@@ -238,6 +238,19 @@ def test_lengths(seqlen: int, head_dim: int, branch: str) -> None:
             case, branch, smooth_k=n % 5 != 0, phi_input=("smoothed", "raw")[n % 4 // 3], seed=n
         )
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("seqlen", LARGE_SEQLENS)
+def test_long_sequences(seqlen: int) -> None:
+    need_memory(24)
+    n = LARGE_SEQLENS.index(seqlen)
+    case = Case(1, seqlen, 2, (128, 64)[n % 2], "2", KERNEL_DTYPES[n // 2 % 2])
+    problem = make_problem(case, "both", seed=n)
+    for name, a, b in zip(NAMES, problem.run(), problem.exact(), strict=True):
+        assert bool(a.isfinite().all()), name
+        assert rel_l2(a, b) <= BACKWARD_REL_L2 / 2, name
 
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)

@@ -130,6 +130,22 @@ def test_states_beyond_the_cache(quant: str) -> None:
 
 
 @needs_sm90
+@pytest.mark.parametrize("factor", [1, 4])
+@pytest.mark.parametrize(("seqlen", "head_dim"), [(75600, 128), (131072, 128), (262144, 64)])
+def test_sums_over_many_key_blocks(seqlen: int, head_dim: int, factor: int) -> None:
+    """Hopper's e4m3 products keep 14 bits of a sum. With alpha near 0 the output is O_l, whose sums
+    run over all key blocks; peaked features (`factor`) have terms of very different size."""
+    need_memory(8)
+    inputs = make_inputs(Case(1, seqlen, 1, head_dim, "2", torch.float16), DEVICE)
+    inputs.q, inputs.k = factor * inputs.q, factor * inputs.k
+    inputs.alpha_logit.fill_(-20.0)
+    made = raw_route(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, 20)
+    lists = (made["lut"], made["counts"])
+    portable, sm90 = run_both(inputs, 20, quant="int8_fp8", lists=lists)
+    assert rel_l2(sm90["out"], portable["out"]) <= 2e-3
+
+
+@needs_sm90
 @pytest.mark.parametrize(("count", "quant"), [(1, "int8_fp8"), (8, "int8_fp8"), (300, "none")])
 def test_more_key_blocks_than_the_router_holds(count: int, quant: str) -> None:
     """T_n = 3016 > 3008: the portable kernels make the lists, the Hopper ones all else. 300 listed

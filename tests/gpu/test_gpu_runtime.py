@@ -317,17 +317,29 @@ def test_gradients_on_a_device_that_is_not_current() -> None:
 # ---- T12: CUDA graphs ---------------------------------------------------------------------------
 
 
-def capture(inputs: Inputs, stream: torch.cuda.Stream | None) -> tuple[Any, list[Tensor]]:
-    """A graph of all operations on `inputs`, and its results."""
+def capture(
+    inputs: Inputs,
+    stream: torch.cuda.Stream | None,
+    run: Callable[[Inputs], list[Tensor]] = everything,
+) -> tuple[Any, list[Tensor]]:
+    """A graph of `run` on `inputs`, and its results."""
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
-        everything(inputs)
+        run(inputs)
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        results = everything(inputs)
+        results = run(inputs)
     return graph, results
+
+
+def refill(static: Inputs, seed: int) -> Inputs:
+    """Other inputs, which `static` now holds too."""
+    other = make(static.options["quant"], head_dim=static.q.shape[-1], seed=seed)
+    for name in ("q", "k", "v", "alpha_logit", "proj_q", "proj_k"):
+        getattr(static, name).copy_(getattr(other, name))
+    return other
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -339,14 +351,22 @@ def test_graph_replays_with_other_inputs(quant: str, head_dim: int, own_stream: 
     static = make(quant, head_dim=head_dim)
     graph, results = capture(static, torch.cuda.Stream() if own_stream else None)
     for seed in range(20):
-        other = make(quant, head_dim=head_dim, seed=seed)
-        for x, y in zip(static.qkv, other.qkv, strict=True):
-            x.copy_(y)
-        static.alpha_logit.copy_(other.alpha_logit)
-        static.proj_q.copy_(other.proj_q)
-        static.proj_k.copy_(other.proj_k)
+        other = refill(static, seed)
         graph.replay()
         assert all_same(results, everything(other)), f"inputs {seed}"
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_graph_of_a_training_step(quant: str, head_dim: int) -> None:
+    """Forward and backward pass."""
+    static = make(quant, head_dim=head_dim)
+    graph, results = capture(static, None, gradients)
+    for seed in range(20):
+        other = refill(static, seed)
+        graph.replay()
+        assert all_same(results, gradients(other)), f"inputs {seed}"
 
 
 def test_graph_with_training_inputs() -> None:

@@ -82,7 +82,9 @@ cudaError_t launch_linear_sm90(const LinearParams& p, int dtype, int head_dim) {
         return p.backward ? launch<LinearBf16<typename I::Element, I::kHeadDim, true>>(p)
                           : launch<LinearBf16<typename I::Element, I::kHeadDim, false>>(p);
       case SLA2_QUANT_INT8_FP8:
-        return launch<LinearE4m3<typename I::Element, I::kHeadDim>>(p);
+        return p.shape.num_k_blocks > kSumRounds * kRoundSteps * kStepBlocks
+                   ? launch<LinearE4m3<typename I::Element, I::kHeadDim, true>>(p)
+                   : launch<LinearE4m3<typename I::Element, I::kHeadDim, false>>(p);
       default:
         return cudaErrorInvalidValue;
     }

@@ -70,13 +70,14 @@ struct E4m3StateWorker : StateWorker<Variant> {
 
   // Packed features 64 m .. of a panel to its lines.
   __device__ __forceinline__ void stage_h(char* lines, const Packed& words, int m) const {
+    uint32_t address = smem_address(lines) + m * kPanel / 2 * State::kLine +
+                       State::offset(16 * warp + lane / 4, 0) + lane % 4 * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int feature = m * kPanel + 16 * warp + lane / 4 + 8 * half;
-      uint32_t address = smem_address(lines) + State::offset(feature, 0) + lane % 4 * 4;
       asm("" : "+r"(address));  // keeps the compiler from holding every sum below in a register
 #pragma unroll
       for (int i = 0; i < kChunks; ++i) store_shared(address ^ i << 4, words[half][i]);
+      address = (address ^ 4 << 4) + 4 * State::kLine;  // eight features on: four lines
     }
   }
 
@@ -84,11 +85,13 @@ struct E4m3StateWorker : StateWorker<Variant> {
   __device__ __forceinline__ void stage_z(const float (&sums)[kPanels][2]) const {
     static_assert(State::kParts == 4, "one a lane");
     char* lines = reinterpret_cast<char*>(smem.k_mean[stage_index]);
+    // Of column 16 warp + lane / 4, panel 0. The next panel is the line's other half, column + 8
+    // the neighbouring pair of bytes.
+    int offset = State::offset(lane % 4 * kPanels, warp) + lane / 8 * 4 + lane / 4 % 2;
 #pragma unroll
     for (int m = 0; m < kPanels; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int column = 16 * warp + lane / 4 + 8 * half, within = column % 16;
         float rest = 4.f * sums[m][half];  // at most 256
         uint32_t byte = 0;
 #pragma unroll
@@ -99,8 +102,7 @@ struct E4m3StateWorker : StateWorker<Variant> {
           e4m3x4_to_halves(rounded, value, unused);
           rest = 16.f * (rest - Pair<__half>::to_float2(value).x);
         }
-        lines[State::offset(lane % 4 * kPanels + m, column / 16) + within % 8 / 2 * 4 +
-              within / 8 * 2 + within % 2] = static_cast<char>(byte);
+        lines[(offset ^ m << 6) + 2 * half] = static_cast<char>(byte);
       }
     }
   }

@@ -260,6 +260,9 @@ struct StateWorker {
   // tokens 8..15 the next register: with the permutation of KvRecord exactly the four bytes that
   // are its share of the 16-token chunk.
   __device__ __forceinline__ void values(const Stage& stage) const {
+    int thread = threadIdx.x;
+    pin(thread);  // else addresses made of it are held, and spilled, from block to block
+    const int warp = thread / 32 % 4, lane = thread % 32;
     char* record =
         static_cast<char*>(args.p.records) + block_index() * Record::kBytes + Record::kKeyBytes;
 #pragma unroll 2
