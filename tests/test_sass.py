@@ -25,8 +25,8 @@ from package_tools import REPOSITORY, Package, cuobjdump, find_package, missing
 ATTENTION = "attn_fwd_kernel"
 ATTENTION_SM90 = "attn_fwd_sm90_kernel"
 # The other Hopper kernels: how many instances (by head_dim, or by dtype, head_dim and quant, `none`
-# also for the backward pass, int8_fp8 also for long sequences), and how many accesses to local memory. Projection with head_dim 128
-# parks two registers while it splits the weight.
+# also for the backward pass, int8_fp8 also for long sequences), and how many accesses to local
+# memory. Projection with head_dim 128 parks two registers while it splits the weight.
 HELPERS_SM90 = {
     "SplitProjectParams": (2, 4),
     "route_kernel": (2, 0),
