@@ -122,7 +122,7 @@ def test_the_file(path: Path) -> None:
     assert same_bits(safetensors.torch.load(first), router(model))
     with safetensors.safe_open(path, framework="pt") as stream:
         header = json.loads(stream.metadata()["sla2.router"])
-    assert header["version"] == 1 and header["sla2_version"] == sla2.__version__
+    assert header["version"] == 2 and header["sla2_version"] == sla2.__version__
     layer = header["layers"]["blocks.1.attention"]
     assert layer["topk"] == 0.5 and layer["seq_len"] == N and layer["block_q"] == 128
 
@@ -362,7 +362,7 @@ DAMAGE: list[tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = [
     (halve, r"damaged: alpha_offset of .* is torch\.float16"),
     (reshape, r"damaged: alpha_offset of .* shape \(2, 4\); .* \(2, 3\)"),
     (lambda header, _: header.pop("version"), "damaged: .*version"),
-    (lambda header, _: header.update(version=2, sla2_version="9.1"), "version 2, .* by sla2 9.1"),
+    (lambda header, _: header.update(version=3, sla2_version="9.1"), "version 3, .* by sla2 9.1"),
     (lambda header, _: header.update(layers={}), "damaged: .*no layers"),
     (lambda header, _: header["layers"]["blocks.0.attention"].pop("tau"), "damaged: .*settings of"),
     (lambda header, _: header["layers"]["blocks.0.attention"].update(seq_len="9"), "seq_len='9'"),

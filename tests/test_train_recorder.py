@@ -484,7 +484,7 @@ def test_the_metadata(tmp_path: Path) -> None:
     assert json.loads(metadata.pop("timestep")) == 12.0
     assert metadata == {
         "format": "sla2-qkv", "version": "1", "layer": "a b", "call": "0", "layout": "BNHD",
-        "dtype": "bfloat16", "sla2_version": sla2.__version__,
+        "dtype": "bfloat16", "grid": "null", "sla2_version": sla2.__version__,
     }  # fmt: skip
     (tmp_path / "other").touch()
     assert path.stat().st_mode == (tmp_path / "other").stat().st_mode

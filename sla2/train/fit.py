@@ -247,6 +247,7 @@ class _Fit(NamedTuple):
                 layer.name: {
                     "dtype": str(layer.dtype),
                     "N, H, D": (layer.tokens, layer.heads, layer.head_dim),
+                    "grid": layer.grid,
                     "samples": layer.calls,
                 }
                 for layer in recorded
@@ -260,6 +261,7 @@ class _Fit(NamedTuple):
             layer.heads,
             layer.head_dim,
             seq_len=layer.tokens,
+            grid=layer.grid,
             topk=fraction,
             layout="BNHD",
             device=device,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..checks import LAYOUTS, check_choice, check_flag, check_tensor
+from ..checks import LAYOUTS, Grid, check_choice, check_flag, check_grid_of, check_tensor
 from ..module import SLA2Attention
 from .samples import list_files, read_priority, safetensors_files, write_sample
 
@@ -175,7 +175,7 @@ class QKVRecorder:
         Raises RuntimeError outside the `with`, TypeError / ValueError for other tensors, OSError
         naming the file where it cannot be written.
         """
-        self._offer(layer, (q, k, v), self._layout, step)
+        self._offer(layer, (q, k, v), self._layout, step, None)
 
     def _make_hook(
         self, name: str, module: nn.Module
@@ -187,7 +187,10 @@ class QKVRecorder:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()  # a q, k or v left out becomes an error that names it
             q, k, v = (bound.arguments[tensor] for tensor in "qkv")
-            self._offer(name, (q, k, v), layout, None)
+            # GridAttention is told the grid of a call, where it is not its own.
+            grid = bound.arguments.get("grid")
+            grid = getattr(module, "grid", None) if grid is None else grid
+            self._offer(name, (q, k, v), layout, None, grid)
 
         return hook
 
@@ -197,6 +200,7 @@ class QKVRecorder:
         qkv: tuple[Tensor, Tensor, Tensor],
         layout: str,
         step: float | Tensor | None,
+        grid: Any,
     ) -> None:
         if not self._active:
             raise RuntimeError("record() belongs inside the recorder's with statement")
@@ -209,7 +213,8 @@ class QKVRecorder:
         if not reservoir.takes(priority, self._limit):
             return
         stored = [_as_stored(x, layout, self._dtype) for x in qkv]
-        path = write_sample(self._folder, call, priority, layer, timestep, stored)
+        known = _as_grid(grid, stored[0].shape[1])
+        path = write_sample(self._folder, call, priority, layer, timestep, known, stored)
         reservoir.add(priority, call, path, self._limit)
 
 
@@ -330,6 +335,15 @@ def _as_timestep(timestep: float | Tensor | None) -> float | None:
     if not math.isfinite(timestep):
         raise ValueError(f"a timestep must be finite; got {timestep}")
     return float(timestep)
+
+
+def _as_grid(grid: Any, tokens: int) -> Grid | None:
+    """`grid`, of a hooked module, where it is one of so many tokens: a module may have another
+    thing by that name."""
+    try:
+        return check_grid_of(grid, tokens)
+    except (TypeError, ValueError):
+        return None
 
 
 def _as_stored(x: Tensor, layout: str, dtype: torch.dtype | None) -> Tensor:

@@ -10,6 +10,8 @@ in the order of recording. It holds q, k and v, each (B, N, H, D) and contiguous
     layout        "BNHD"
     dtype         of all three tensors, such as "bfloat16"
     priority      the random number in [0, 1) by which the recorder chose this sample
+    grid          JSON: (frames, rows, columns) of the N tokens, or null where it is unknown; files
+                  written before it existed lack it
     sla2_version  of the writer
 """
 
@@ -30,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._version import __version__
+from ..checks import Grid, check_grid_of
 from ..files import write_atomically
 
 FORMAT = "sla2-qkv"
@@ -58,6 +61,16 @@ class SampleFile(NamedTuple):
     path: Path
     layer: str
     call: int
+
+
+class SampleForm(NamedTuple):
+    """What the samples of a layer must agree in, the batch size in `shape` apart."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """(B, N, H, D)."""
+    grid: Grid | None
+    """None: unknown."""
 
 
 def read_samples(folder: str | os.PathLike[str], layer: str | None = None) -> Iterator[Sample]:
@@ -101,7 +114,13 @@ def safetensors_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def write_sample(
-    folder: Path, call: int, priority: float, layer: str, timestep: float | None, qkv: list[Tensor]
+    folder: Path,
+    call: int,
+    priority: float,
+    layer: str,
+    timestep: float | None,
+    grid: Grid | None,
+    qkv: list[Tensor],
 ) -> Path:
     """Writes contiguous CPU tensors that share no memory; the file appears complete or not at all.
 
@@ -118,6 +137,7 @@ def write_sample(
         "layout": "BNHD",
         "dtype": _dtype_name(qkv[0]),
         "priority": repr(priority),
+        "grid": json.dumps(grid),
         "sla2_version": __version__,
     }
     tensors = dict(zip(_NAMES, qkv, strict=True))
@@ -144,14 +164,15 @@ def read_priority(file: SampleFile) -> float:
         return float(metadata["priority"])
 
 
-def read_form(file: SampleFile) -> tuple[torch.dtype, tuple[int, ...]]:
-    """dtype and shape (B, N, H, D) of q in `file`, from its header; raises as `read_sample`."""
+def read_form(file: SampleFile) -> SampleForm:
+    """Of q in `file`, from its header; raises as `read_sample`."""
     with _open_checked(file) as (content, metadata):
         dtype = getattr(torch, metadata["dtype"], None)
         shape = tuple(content.get_slice("q").get_shape())
         if not isinstance(dtype, torch.dtype) or len(shape) != 4:
             raise ValueError(f"q is {metadata['dtype']} {shape}; expected (B, N, H, D)")
-        return dtype, shape
+        grid = check_grid_of(json.loads(metadata.get("grid", "null")), shape[1])
+        return SampleForm(dtype, shape, grid)
 
 
 def read_sample(file: SampleFile) -> Sample:
