@@ -74,7 +74,8 @@ def save_router(model: nn.Module, path: str | os.PathLike[str]) -> None:
     bytes, so that one path for all ranks is fine.
 
     Raises ValueError where `model` has no SLA2Attention or its parameters have no values here (meta
-    device, sharded by other means than FSDP2), TypeError where they are not float32, OSError.
+    device, sharded by other means than FSDP2) or such that are not finite, TypeError where they are
+    not float32, OSError.
     """
     safetensors = _import_safetensors()
     layers = find_layers(model)
@@ -82,7 +83,9 @@ def save_router(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         _check_parameters(name, layer)
         for key in _PARAMETERS:
-            tensors[_join(name, key)] = _gather(getattr(layer, key))
+            tensors[_join(name, key)] = values = _gather(getattr(layer, key))
+            if bad := _what_is_not_finite(values):
+                raise ValueError(f"{key} of {_called(name)} {bad}; nothing was written to {path}")
     header = {
         "version": _FORMAT_VERSION,
         "sla2_version": __version__,
@@ -104,8 +107,9 @@ def load_router(
     Grids are compared where file and model both have one; else as many tokens are enough.
 
     Returns the differences that strict=False let pass, in words; an empty list where strict.
-    Raises ValueError for a file that is no router file, is damaged or does not fit, and for
-    parameters without values (meta device); TypeError where they are not float32; OSError.
+    Raises ValueError for a file that is no router file, is damaged, holds NaN or infinity or does
+    not fit, and for parameters without values (meta device); TypeError where they are not float32;
+    OSError.
     """
     layers = find_layers(model)
     for name, layer in layers.items():
@@ -223,6 +227,12 @@ def _check_parameters(name: str, layer: SLA2Attention) -> None:
             )
 
 
+def _what_is_not_finite(values: Tensor) -> str | None:
+    """In words; None where all are finite."""
+    bad = values.numel() - int(values.isfinite().sum())
+    return f"has NaN or infinity in {bad} of its {values.numel()} values" if bad else None
+
+
 def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
@@ -296,6 +306,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Settings], dict[str, 
                     f"{path} is damaged: {key} of {_called(name)} is {x.dtype} of shape "
                     f"{tuple(x.shape)}; its settings need torch.float32 of {shape}"
                 )
+            if bad := _what_is_not_finite(x):
+                raise ValueError(f"{path}: {key} of {_called(name)} {bad}; nothing was loaded")
     return settings, tensors
 
 

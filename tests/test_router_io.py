@@ -88,10 +88,10 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(options: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
-    """Every bit, NaN too; parameters keep identity, dtype and requires_grad; the rest is kept."""
+    """Every bit, -0.0 too; parameters keep identity, dtype and requires_grad; the rest is kept."""
     source = Model(seed=1, **options).to(dtype)
     with torch.no_grad():
-        source.blocks[0].attention.alpha_offset.view(-1)[0] = torch.nan
+        source.blocks[0].attention.alpha_offset.view(-1)[0] = -0.0
     save_router(source, path)
     model = Model(seed=2, **options).to(dtype)
     identity = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
@@ -270,6 +270,24 @@ def test_sizes_that_differ(key: str, path: Path) -> None:
         message = f"{key}=3 in the file, {key}={sizes[key]}"
     refuses(model, path, f"layer without a name .* has {message}")
     refuses(model, path, message, strict=False)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("key", KEYS)
+def test_values_that_are_not_finite(value: float, key: str, path: Path) -> None:
+    """Neither written nor loaded; a model that has some may be given others."""
+    save_router(Model(seed=1), path)
+    old, model = path.read_bytes(), Model(seed=2)
+    with torch.no_grad():
+        getattr(model.blocks[1].attention, key).view(-1)[0] = value
+    message = rf"{key} of layer 'blocks\.1\.attention' has NaN or infinity in 1 of its \d+ values"
+    with pytest.raises(ValueError, match=message):
+        save_router(model, path)
+    assert path.read_bytes() == old
+    load_router(model, path)
+    assert same_bits(router(model), router(Model(seed=1)))
+    rewrite(path, lambda _, tensors: tensors[f"blocks.1.attention.{key}"].view(-1)[0].fill_(value))
+    refuses(Model(seed=2), path, f"{message}; nothing was loaded", strict=False)
 
 
 def test_the_first_difference_is_named(path: Path) -> None:
