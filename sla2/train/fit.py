@@ -248,7 +248,7 @@ class _Fit(NamedTuple):
                     "dtype": str(layer.dtype),
                     "N, H, D": (layer.tokens, layer.heads, layer.head_dim),
                     "grid": layer.grid,
-                    "samples": layer.calls,
+                    "samples": layer.fingerprints(),
                 }
                 for layer in recorded
             },

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import Grid
-from .samples import SampleFile, list_files, read_form, read_sample
+from .samples import SampleFile, fingerprint, list_files, read_form, read_sample
 
 
 class RecordedLayer(NamedTuple):
@@ -27,10 +27,9 @@ class RecordedLayer(NamedTuple):
     head_dim: int
     grid: Grid | None
 
-    @property
-    def calls(self) -> list[int]:
-        """The recorder's numbers of the samples."""
-        return [file.call for file in self.files]
+    def fingerprints(self) -> dict[str, str]:
+        """Of the samples, by the recorder's numbers."""
+        return {str(file.call): fingerprint(file) for file in self.files}
 
 
 class Problem(NamedTuple):
