@@ -1,5 +1,7 @@
 """The files of recorded attention inputs: one safetensors file per sample, no other index.
 
+Beside them the file `sessions` has the number of recordings with a seed that began in the folder.
+
 A file is named `<layer>@<call>.safetensors`: the layer percent-encoded, and the number of the call
 in the order of recording. It holds q, k and v, each (B, N, H, D) and contiguous, and this metadata:
 
@@ -39,6 +41,7 @@ from ..files import write_atomically
 FORMAT = "sla2-qkv"
 VERSION = "1"
 SUFFIX = ".safetensors"
+_SESSIONS = "sessions"
 _NAMES = ("q", "k", "v")
 # Of a file's tensors, what a fingerprint is made of: 128 KiB in pieces from the first to the last.
 _PIECES, _PIECE_BYTES = 8, 1 << 14
@@ -159,6 +162,23 @@ def write_sample(
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write the sample {path}: {error}") from error
     return path
+
+
+def read_sessions(folder: Path) -> int:
+    """How many recordings with a seed began in `folder`. Raises ValueError for a damaged file."""
+    path = folder / _SESSIONS
+    text = path.read_text("utf-8") if path.exists() else "0"
+    if not text.strip().isdecimal():
+        raise ValueError(f"{path} is damaged: it holds {text!r}, not the number of sessions")
+    return int(text)
+
+
+def write_sessions(folder: Path, count: int) -> None:
+    """Raises OSError."""
+    text = f"{count}\n"
+    write_atomically(
+        folder / _SESSIONS, lambda temporary: temporary.write_text(text, "utf-8"), suffix=".tmp"
+    )
 
 
 def read_priority(file: SampleFile) -> float:
