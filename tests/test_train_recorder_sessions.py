@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train_recorder import record_numbers
+import torch
+from test_train_recorder import Model, make_qkv, record_numbers
 from torch import nn
 
-from sla2.train import QKVRecorder
+from sla2.train import QKVRecorder, read_samples
 from sla2.train.samples import list_files, read_priority
 
 # ---- what is kept -------------------------------------------------------------------------------
@@ -92,3 +94,29 @@ def test_append(tmp_path: Path) -> None:
     assert len(more) == 6 and more[-2:] == [50, 51]
     less = continued(range(100, 400), 2, seed=4)
     assert len(less) == 2 and max(less) >= 100
+
+
+# ---- copies of the model ------------------------------------------------------------------------
+
+
+def test_a_copy_made_while_recording_is_not_recorded(tmp_path: Path) -> None:
+    """Neither inside the `with`, as the original, nor after it, nor by the recorder's next one."""
+    model, qkv = Model(), make_qkv()
+    recorder = QKVRecorder(model, tmp_path, layers=["blocks.0"], append=True)
+    with recorder:
+        model(*qkv)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(*make_qkv(1)), Model()(*make_qkv(1)))
+        assert recorder.counts == {"blocks.0": 1}
+        model(*qkv)
+    twin(*qkv)
+    with recorder:
+        twin(*qkv)
+        model(*qkv)
+    assert recorder.counts == {"blocks.0": 3}
+    assert all(torch.equal(sample.q, qkv[0]) for sample in read_samples(tmp_path))
+    with (
+        pytest.warns(RuntimeWarning, match="nothing was recorded of blocks.0"),
+        QKVRecorder(model, tmp_path / "other", layers=["blocks.0"]),
+    ):
+        copy.deepcopy(model)(*qkv)

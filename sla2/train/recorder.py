@@ -62,8 +62,9 @@ class QKVRecorder:
 
     A sample is on disk when the call that brought it goes on; that waits for the device. An
     exception, also one from here, ends the recording but damages no sample. Inputs are never
-    written and not kept, neither is their autograd graph. Hooks exist inside the `with` alone; on
-    leaving it without an exception, hooked layers that were never called get a RuntimeWarning.
+    written and not kept, neither is their autograd graph. Hooks exist inside the `with` alone, and
+    a copy of the model made meanwhile is not recorded; on leaving it without an exception, hooked
+    layers that were never called get a RuntimeWarning.
     Record an uncompiled model, outside CUDA graph capture, from one thread, without gradient
     checkpointing (its second forward would count again).
 
@@ -203,7 +204,9 @@ class QKVRecorder:
         signature = inspect.signature(module.forward)
         layout = module.layout if isinstance(module, SLA2Attention) else self._layout
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if called is not module or not self._active:
+                return  # a copy of the model, which took the hook along
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()  # a q, k or v left out becomes an error that names it
             q, k, v = (bound.arguments[tensor] for tensor in "qkv")
