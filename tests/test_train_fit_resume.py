@@ -324,6 +324,25 @@ def test_nan_in_a_sample(tmp_path: Path, tensor: int) -> None:
         ({"layers": ["a"]}, ValueError, r"no samples of layers \['a'\], only: blocks.0.attn1"),
         ({"layers": []}, ValueError, "layers is empty"),
         ({"layer_options": {"tau": -1.0}}, ValueError, "tau=-1.0 is out of range"),
+        ({"layer_options": ["tau"]}, TypeError, r"layer_options must be a mapping.* got \['tau'\]"),
+        ({"layer_options": {"temperature": 1}}, TypeError, "'temperature'.*: allowed .* tau, rout"),
+        *(
+            (
+                {"layer_options": {name: 1}},
+                TypeError,
+                f"'{name}', which fit_router sets itself: all",
+            )
+            for name in ("num_heads", "head_dim", "seq_len", "grid", "topk", "layout", "device")
+        ),
+        *(
+            ({"layer_options": {name: value}}, TypeError, f"'{name}'.*: a bool, int, float or str")
+            for name, value in (
+                ("alpha_init", torch.tensor(0.5)),
+                ("per_head_router", torch.tensor(True)),
+                ("tau", None),
+                ("quant", ["none"]),
+            )
+        ),
     ],
     ids=str,
 )
