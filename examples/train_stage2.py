@@ -75,9 +75,7 @@ def build(options: argparse.Namespace, device: torch.device) -> VideoDiT:
         use_sla2(model, topk=options.topk, quant=options.quant)
         # Names the first setting that differs, such as a router of another topk or grid.
         sla2.load_router(model, options.router)
-        for module in model.modules():
-            if isinstance(module, sla2.SLA2Attention):
-                module.set_stage(2)  # router frozen, alpha trainable: before the optimiser is made
+        sla2.set_stage(model, 2)  # router frozen, alpha trainable: before the optimiser is made
     return model
 
 

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .checks import num_q_blocks
+from .checks import check_grid_of, num_q_blocks
 from .constants import BLOCK_K, BLOCK_Q
 from .files import write_atomically
 from .module import SLA2Attention
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2  # 1 had no grids
+_READABLE = (1, _FORMAT_VERSION)
 _METADATA_KEY = "sla2.router"
 _PARAMETERS = ("proj_q_delta", "proj_k_delta", "alpha_offset")
 # What strict=False lets differ: settings that can be tuned while the parameters keep their meaning.
@@ -73,7 +74,8 @@ def save_router(model: nn.Module, path: str | os.PathLike[str]) -> None:
     bytes, so that one path for all ranks is fine.
 
     Raises ValueError where `model` has no SLA2Attention or its parameters have no values here (meta
-    device, sharded by other means than FSDP2), TypeError where they are not float32, OSError.
+    device, sharded by other means than FSDP2) or such that are not finite, TypeError where they are
+    not float32, OSError.
     """
     safetensors = _import_safetensors()
     layers = find_layers(model)
@@ -81,7 +83,9 @@ def save_router(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, layer in layers.items():
         _check_parameters(name, layer)
         for key in _PARAMETERS:
-            tensors[_join(name, key)] = _gather(getattr(layer, key))
+            tensors[_join(name, key)] = values = _gather(getattr(layer, key))
+            if bad := _what_is_not_finite(values):
+                raise ValueError(f"{key} of {_called(name)} {bad}; nothing was written to {path}")
     header = {
         "version": _FORMAT_VERSION,
         "sla2_version": __version__,
@@ -100,10 +104,12 @@ def load_router(
     Everything is checked first: an error names the first difference, and nothing has been loaded.
     strict=False loads the layers that both sides have, and lets topk, quant, tau, router_score,
     smooth_k and phi_input differ: the model keeps its own. What else must agree does not change.
+    Grids are compared where file and model both have one; else as many tokens are enough.
 
     Returns the differences that strict=False let pass, in words; an empty list where strict.
-    Raises ValueError for a file that is no router file, is damaged or does not fit, and for
-    parameters without values (meta device); TypeError where they are not float32; OSError.
+    Raises ValueError for a file that is no router file, is damaged, holds NaN or infinity or does
+    not fit, and for parameters without values (meta device); TypeError where they are not float32;
+    OSError.
     """
     layers = find_layers(model)
     for name, layer in layers.items():
@@ -139,6 +145,7 @@ def _settings(layer: SLA2Attention) -> Settings:
         "num_heads": layer.num_heads,
         "head_dim": layer.head_dim,
         "seq_len": tokens,
+        "grid": check_grid_of(layer.grid, tokens),
         "block_q": BLOCK_Q,
         "block_k": BLOCK_K,
         "per_head_router": layer.proj_q_delta.dim() == 3,
@@ -183,11 +190,13 @@ def _differences(
             continue
         for key, own in _settings(layer).items():
             saved = settings[name][key]
-            if saved != own:
-                text = (
-                    f"{_called(name)} has {key}={saved!r} in the file, {key}={own!r} in the model"
-                )
-                yield _Difference(text, f"Build the layer with {key}={saved!r}", key in _TUNABLE)
+            if saved == own or (key == "grid" and None in (saved, own)):
+                continue
+            text = f"{_called(name)} has {key}={saved!r} in the file, {key}={own!r} in the model"
+            remedy = f"Build the layer with {key}={saved!r}"
+            if key == "grid":
+                remedy = f"alpha belongs to the order of the tokens. {remedy}, or train for {own!r}"
+            yield _Difference(text, remedy, key in _TUNABLE)
     for name in settings:
         if name not in layers:
             text = f"the file has {_called(name)}, the model has not: it has {_listed(layers)}"
@@ -216,6 +225,12 @@ def _check_parameters(name: str, layer: SLA2Attention) -> None:
                 f"{shapes[key]}. Where FSDP1 or ZeRO-3 has sharded it, gather it around this call "
                 "(FSDP.summon_full_params, deepspeed.zero.GatheredParameters)"
             )
+
+
+def _what_is_not_finite(values: Tensor) -> str | None:
+    """In words; None where all are finite."""
+    bad = values.numel() - int(values.isfinite().sum())
+    return f"has NaN or infinity in {bad} of its {values.numel()} values" if bad else None
 
 
 def _join(name: str, key: str) -> str:
@@ -291,6 +306,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Settings], dict[str, 
                     f"{path} is damaged: {key} of {_called(name)} is {x.dtype} of shape "
                     f"{tuple(x.shape)}; its settings need torch.float32 of {shape}"
                 )
+            if bad := _what_is_not_finite(x):
+                raise ValueError(f"{path}: {key} of {_called(name)} {bad}; nothing was loaded")
     return settings, tensors
 
 
@@ -304,28 +321,34 @@ def _parse_header(path: str | os.PathLike[str], metadata: dict[str, str]) -> dic
     try:
         header = json.loads(metadata[_METADATA_KEY])
         version, layers = header["version"], header["layers"]
-        if version == _FORMAT_VERSION:
-            _check_layers(layers)
+        if version in _READABLE:
+            _check_layers(layers, version)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: entry {_METADATA_KEY!r}: {error!r}") from error
-    if version != _FORMAT_VERSION:
+    if version not in _READABLE:
         raise ValueError(
             f"{path} has format version {version!r}, written by sla2 "
-            f"{header.get('sla2_version')}; sla2 {__version__} reads version {_FORMAT_VERSION}. "
-            "Install the sla2 that wrote it, or a newer one"
+            f"{header.get('sla2_version')}; sla2 {__version__} reads the versions "
+            f"{' and '.join(map(str, _READABLE))}. Install the sla2 that wrote it, or a newer one"
         )
     return layers
 
 
-def _check_layers(layers: dict[str, Settings]) -> None:
-    """Raises ValueError unless these are layers with the settings of this format's version."""
+def _check_layers(layers: dict[str, Settings], version: int) -> None:
+    """Makes the layers those of the newest version, with grids as tuples.
+
+    Raises TypeError / ValueError unless these are layers with the settings of their version.
+    """
     if not isinstance(layers, dict) or not layers:
         raise ValueError("no layers")
     # Every layer has the same keys; this one takes no memory.
     wanted = set(_settings(SLA2Attention(1, 1, seq_len=1, device="meta")))
+    if version == 1:
+        wanted.remove("grid")
     for name, settings in layers.items():
         if not isinstance(settings, dict) or set(settings) != wanted:
             raise ValueError(f"settings of {_called(name)} are {settings!r}")
         for key in ("num_heads", "head_dim", "seq_len"):
             if type(settings[key]) is not int or settings[key] < 1:
                 raise ValueError(f"{key}={settings[key]!r} of {_called(name)}")
+        settings["grid"] = check_grid_of(settings.get("grid"), settings["seq_len"])

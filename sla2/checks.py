@@ -22,6 +22,9 @@ MODES = ("hard", "soft")
 ROUTER_SCORES = ("scaled", "raw", "softmax")
 PHI_INPUTS = ("smoothed", "raw")
 
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of tokens, in whose raster order a sequence has them."""
+
 _CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 # "meta" computes shapes alone; it follows the CPU's rules.
@@ -56,6 +59,31 @@ def num_q_blocks(seqlen: int) -> int:
 def num_k_blocks(seqlen: int) -> int:
     """T_n = ceil(N / BLOCK_K)."""
     return (seqlen + BLOCK_K - 1) // BLOCK_K
+
+
+def num_tokens(grid: Grid) -> int:
+    """N."""
+    return math.prod(grid)
+
+
+def check_grid(grid: Sequence[int]) -> Grid:
+    """The grid as a tuple. Raises TypeError / ValueError unless it is three positive integers."""
+    sizes = tuple(grid) if isinstance(grid, Sequence) and not isinstance(grid, str) else ()
+    if len(sizes) != 3 or any(isinstance(x, bool) or not isinstance(x, int) for x in sizes):
+        raise TypeError(f"grid must be three ints, (frames, rows, columns) of tokens; got {grid!r}")
+    if min(sizes) < 1:
+        raise ValueError(f"grid={sizes} must be positive in every dimension")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def check_grid_of(grid: Sequence[int] | None, seq_len: int) -> Grid | None:
+    """`check_grid` of a grid or None, unknown; raises ValueError too for other than N tokens."""
+    if grid is None:
+        return None
+    checked = check_grid(grid)
+    if num_tokens(checked) != seq_len:
+        raise ValueError(f"grid={checked} has {num_tokens(checked)} tokens; seq_len is {seq_len}")
+    return checked
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:

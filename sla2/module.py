@@ -6,7 +6,7 @@ Source: "SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 26
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -20,6 +20,7 @@ from .checks import (
     Shape,
     check_choice,
     check_flag,
+    check_grid_of,
     check_quant,
     check_tau,
     num_q_blocks,
@@ -40,6 +41,8 @@ class SLA2Attention(nn.Module):
     Args:
         num_heads, head_dim: H and D.
         seq_len: N, the tokens of the grid that alpha belongs to.
+        grid: its (frames, rows, columns), so that a router file of another grid with as many tokens
+            is refused; None: unknown.
         topk: fraction of the key blocks kept, a float in (0, 1].
         quant: "none", "int8_fp16" or "int8_fp8", of stage 2.
         per_head_router: projections (H, D, D) instead of (D, D).
@@ -64,6 +67,7 @@ class SLA2Attention(nn.Module):
         head_dim: int = 128,
         *,
         seq_len: int,
+        grid: Sequence[int] | None = None,
         topk: float = 0.03,
         quant: str = "none",
         per_head_router: bool = False,
@@ -99,6 +103,7 @@ class SLA2Attention(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.seq_len = seq_len
+        self.grid = check_grid_of(grid, seq_len)
         self.topk = topk
         self.quant = quant
         self.alpha_init = alpha_init
@@ -265,10 +270,11 @@ class SLA2Attention(nn.Module):
         return sum_alpha_rows(mass, shape) / sum_alpha_rows(torch.ones_like(mass), shape)
 
     def extra_repr(self) -> str:
-        return (
+        text = (
             f"num_heads={self.num_heads}, head_dim={self.head_dim}, seq_len={self.seq_len}, "
             f"topk={self.topk}, quant={self.quant!r}, stage={self.stage}"
         )
+        return text if self.grid is None else f"{text}, grid={self.grid}"
 
 
 def sum_alpha_rows(x: Tensor, shape: torch.Size) -> Tensor:

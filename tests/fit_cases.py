@@ -26,9 +26,11 @@ PLAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def record(folder: Path, layers: dict[str, Sequence[Sequence[Tensor]]]) -> Path:
+def record(folder: Path, layers: dict[str, Sequence[Sequence[Tensor]]], **options: Any) -> Path:
     """A recording with these (q, k, v)."""
-    with QKVRecorder(nn.Identity(), folder, layers=(), max_samples_per_layer=99) as recorder:
+    with QKVRecorder(
+        nn.Identity(), folder, layers=(), max_samples_per_layer=99, **options
+    ) as recorder:
         for name, samples in layers.items():
             for qkv in samples:
                 recorder.record(name, *qkv)

@@ -23,6 +23,7 @@ from package_tools import REPOSITORY, missing
 from test_layering import cuda_include
 
 import sla2
+import sla2.train
 from sla2.cli.parser import build_parser
 
 README = REPOSITORY / "README.md"
@@ -165,6 +166,16 @@ def documented_names(path: Path) -> set[str]:
 
 def test_every_public_name_is_documented() -> None:
     assert set(sla2.__all__) - documented_names(API) == set()
+
+
+def test_every_name_for_training_is_documented() -> None:
+    """sla2.train has all of it, what the package itself has included."""
+    names = set(sla2.train.__all__)
+    assert {"fit_router", "param_groups", "set_stage"} <= names
+    for name in names & set(sla2.__all__):
+        assert getattr(sla2.train, name) is getattr(sla2, name)
+    section = API.read_text().partition("## Recording for stage 1")[2].partition("\n## ")[0]
+    assert names - set(re.findall(r"`(\w+)`", section)) == set()
 
 
 @pytest.mark.parametrize("path", [p for p in DOCUMENTS if p.name != "profiling.md"], ids=short)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import sla2
+from sla2.checks import Grid, check_grid, num_tokens
 from sla2.integrations import Adapter, adapter, register_adapter
-from sla2.integrations.grid import Grid, check_grid, latent_grid, num_tokens, resize_alpha
+from sla2.integrations.grid import latent_grid, resize_alpha
 
 OLD, NEW = (5, 9, 11), (4, 13, 7)
 

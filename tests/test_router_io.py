@@ -88,10 +88,10 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip(options: dict[str, Any], dtype: torch.dtype, path: Path) -> None:
-    """Every bit, NaN too; parameters keep identity, dtype and requires_grad; the rest is kept."""
+    """Every bit, -0.0 too; parameters keep identity, dtype and requires_grad; the rest is kept."""
     source = Model(seed=1, **options).to(dtype)
     with torch.no_grad():
-        source.blocks[0].attention.alpha_offset.view(-1)[0] = torch.nan
+        source.blocks[0].attention.alpha_offset.view(-1)[0] = -0.0
     save_router(source, path)
     model = Model(seed=2, **options).to(dtype)
     identity = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
@@ -122,7 +122,7 @@ def test_the_file(path: Path) -> None:
     assert same_bits(safetensors.torch.load(first), router(model))
     with safetensors.safe_open(path, framework="pt") as stream:
         header = json.loads(stream.metadata()["sla2.router"])
-    assert header["version"] == 1 and header["sla2_version"] == sla2.__version__
+    assert header["version"] == 2 and header["sla2_version"] == sla2.__version__
     layer = header["layers"]["blocks.1.attention"]
     assert layer["topk"] == 0.5 and layer["seq_len"] == N and layer["block_q"] == 128
 
@@ -272,6 +272,24 @@ def test_sizes_that_differ(key: str, path: Path) -> None:
     refuses(model, path, message, strict=False)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("key", KEYS)
+def test_values_that_are_not_finite(value: float, key: str, path: Path) -> None:
+    """Neither written nor loaded; a model that has some may be given others."""
+    save_router(Model(seed=1), path)
+    old, model = path.read_bytes(), Model(seed=2)
+    with torch.no_grad():
+        getattr(model.blocks[1].attention, key).view(-1)[0] = value
+    message = rf"{key} of layer 'blocks\.1\.attention' has NaN or infinity in 1 of its \d+ values"
+    with pytest.raises(ValueError, match=message):
+        save_router(model, path)
+    assert path.read_bytes() == old
+    load_router(model, path)
+    assert same_bits(router(model), router(Model(seed=1)))
+    rewrite(path, lambda _, tensors: tensors[f"blocks.1.attention.{key}"].view(-1)[0].fill_(value))
+    refuses(Model(seed=2), path, f"{message}; nothing was loaded", strict=False)
+
+
 def test_the_first_difference_is_named(path: Path) -> None:
     save_router(Model(seed=1), path)
     model = Model(seed=2)
@@ -362,7 +380,7 @@ DAMAGE: list[tuple[Callable[[dict[str, Any], dict[str, Tensor]], Any], str]] = [
     (halve, r"damaged: alpha_offset of .* is torch\.float16"),
     (reshape, r"damaged: alpha_offset of .* shape \(2, 4\); .* \(2, 3\)"),
     (lambda header, _: header.pop("version"), "damaged: .*version"),
-    (lambda header, _: header.update(version=2, sla2_version="9.1"), "version 2, .* by sla2 9.1"),
+    (lambda header, _: header.update(version=3, sla2_version="9.1"), "version 3, .* by sla2 9.1"),
     (lambda header, _: header.update(layers={}), "damaged: .*no layers"),
     (lambda header, _: header["layers"]["blocks.0.attention"].pop("tau"), "damaged: .*settings of"),
     (lambda header, _: header["layers"]["blocks.0.attention"].update(seq_len="9"), "seq_len='9'"),

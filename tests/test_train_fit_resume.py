@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from fit_cases import (
     record,
     record_two_layers,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from sla2 import SLA2Attention, load_router
 from sla2.train import fit, fit_folder, fit_router
 from sla2.train.fit_data import ProblemLoader
 from sla2.train.fit_log import FitLog, Row
+from sla2.train.samples import fingerprint, list_files
 
 
 @pytest.fixture
@@ -178,7 +180,8 @@ def test_resume_refuses_other_settings(samples: Path, tmp_path: Path) -> None:
             fit_router(samples, output, **{**SMALL, "steps": 1, **change}, resume=True)
     other = record(tmp_path / "more", {"blocks.0.attn1": random_samples(4),
                                        "blocks.1.attn1": random_samples()})  # fmt: skip
-    with pytest.raises(ValueError, match=r"layer 'blocks.0.attn1'=.*\[0, 1, 2\].*\[0, 1, 2, 3\]"):
+    match = r"has samples of layer 'blocks.0.attn1'=\['0', '1', '2'\], this .*'2', '3'\]"
+    with pytest.raises(ValueError, match=match):
         fit_router(other, output, **{**SMALL, "steps": 1}, resume=True)
     with pytest.raises(FileExistsError, match="already holds a fit.*resume=True"):
         fit_router(samples, output, **{**SMALL, "steps": 1})
@@ -188,6 +191,45 @@ def test_resume_refuses_other_settings(samples: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not empty and holds no fit"):
         fit_router(samples, samples, **SMALL, resume=True)
     assert {**contents(output), "settings.json": None} == {**before, "settings.json": None}
+
+
+def test_resume_refuses_other_samples(tmp_path: Path, uninterrupted: dict[str, Any]) -> None:
+    """As many, under the same names and priorities; those it began with are taken again."""
+    samples, output = tmp_path / "samples", tmp_path / "out"
+
+    def record_again(**changed: list[list[Tensor]]) -> None:
+        shutil.rmtree(samples, ignore_errors=True)
+        names = {"blocks.0.attn1": "a", "blocks.1.attn1": "b"}
+        layers = {name: changed.get(key, random_samples()) for name, key in names.items()}
+        record(samples, layers, seed=5)
+
+    record_again()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(fit_folder.FitFolder, "finish", lambda *_: (_ for _ in ()).throw(Interrupted))
+        fit_router(samples, output, **SMALL)
+    before = contents(output)
+    others = random_samples()
+    others[1][2][0, 150, 1, 3] += 1
+    record_again(b=others)
+    match = "has fingerprint of sample 1 of layer 'blocks.1.attn1'='.*', this call .*resume=True"
+    with pytest.raises(ValueError, match=match):
+        fit_router(samples, output, **SMALL, resume=True)
+    record_again(a=random_samples(shape=(2, N, H, D)))
+    with pytest.raises(ValueError, match="fingerprint of sample 0 of layer 'blocks.0.attn1'"):
+        fit_router(samples, output, **SMALL, resume=True)
+    assert contents(output) == before
+    record_again()
+    fit_router(samples, output, **SMALL, resume=True)
+    assert contents(output) == uninterrupted
+
+
+def test_fingerprints_of_large_samples(tmp_path: Path) -> None:
+    """A little is read of each tensor, whatever their size; only tensors count."""
+    base = list(torch.arange(3 << 17).view(3, 1, 1 << 12, 2, 16).to(torch.float32).unbind())
+    cases = [base, base, *([x + 1 if i == j else x for i, x in enumerate(base)] for j in range(3))]
+    folder = record(tmp_path, {"a": cases})
+    first, same, *others = (fingerprint(file) for file in list_files(folder))
+    assert same == first and len({first, *others}) == 4
 
 
 # ---- what is not finite -------------------------------------------------------------------------
@@ -282,6 +324,25 @@ def test_nan_in_a_sample(tmp_path: Path, tensor: int) -> None:
         ({"layers": ["a"]}, ValueError, r"no samples of layers \['a'\], only: blocks.0.attn1"),
         ({"layers": []}, ValueError, "layers is empty"),
         ({"layer_options": {"tau": -1.0}}, ValueError, "tau=-1.0 is out of range"),
+        ({"layer_options": ["tau"]}, TypeError, r"layer_options must be a mapping.* got \['tau'\]"),
+        ({"layer_options": {"temperature": 1}}, TypeError, "'temperature'.*: allowed .* tau, rout"),
+        *(
+            (
+                {"layer_options": {name: 1}},
+                TypeError,
+                f"'{name}', which fit_router sets itself: all",
+            )
+            for name in ("num_heads", "head_dim", "seq_len", "grid", "topk", "layout", "device")
+        ),
+        *(
+            ({"layer_options": {name: value}}, TypeError, f"'{name}'.*: a bool, int, float or str")
+            for name, value in (
+                ("alpha_init", torch.tensor(0.5)),
+                ("per_head_router", torch.tensor(True)),
+                ("tau", None),
+                ("quant", ["none"]),
+            )
+        ),
     ],
     ids=str,
 )

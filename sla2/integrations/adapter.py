@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .grid import Grid
+from ..checks import Grid
 
 
 class Adapter(ABC):

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from ..checks import Grid, num_tokens
 from ..constants import BLOCK_Q
-
-Grid = tuple[int, int, int]
-
-
-def check_grid(grid: Sequence[int]) -> Grid:
-    """The grid as a tuple. Raises TypeError / ValueError unless it is three positive integers."""
-    sizes = tuple(grid) if isinstance(grid, Sequence) and not isinstance(grid, str) else ()
-    if len(sizes) != 3 or any(isinstance(x, bool) or not isinstance(x, int) for x in sizes):
-        raise TypeError(f"grid must be three ints, (frames, rows, columns) of tokens; got {grid!r}")
-    if min(sizes) < 1:
-        raise ValueError(f"grid={sizes} must be positive in every dimension")
-    return sizes[0], sizes[1], sizes[2]
-
-
-def num_tokens(grid: Grid) -> int:
-    """N."""
-    return math.prod(grid)
 
 
 def latent_grid(

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import Grid
 from ..rotary import rotate_pairs
 from .adapter import Adapter, argument, loaded_class, register_adapter
-from .grid import Grid, latent_grid
+from .grid import latent_grid
 
 # Compression (time, height, width) of LTX-Video's autoencoder.
 _COMPRESSION = (8, 32, 32)

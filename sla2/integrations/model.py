@@ -11,10 +11,17 @@ import torch
 from torch import nn
 
 from ..checkpoint import find_layers
-from ..checks import Shape, check_choice, check_quant, resolve_num_kv_blocks
+from ..checks import (
+    Grid,
+    Shape,
+    check_choice,
+    check_grid,
+    check_quant,
+    num_tokens,
+    resolve_num_kv_blocks,
+)
 from ..env import why_not
 from .adapter import Adapter, find_adapter
-from .grid import Grid, check_grid, num_tokens
 from .pretrained import load_parameters, reject_dropped_parameters
 from .processor import MISMATCHES, Dispatch, GridAttention, SLA2Processor
 from .report import ApplyReport

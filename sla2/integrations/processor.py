@@ -9,10 +9,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..checks import Grid, num_tokens
 from ..functional import sla2_attention
 from ..module import SLA2Attention
 from .adapter import Adapter
-from .grid import Grid, num_tokens, resize_alpha
+from .grid import resize_alpha
 
 MISMATCHES = ("error", "interpolate", "dense")
 
@@ -20,11 +21,12 @@ _LOGGER = logging.getLogger("sla2")
 
 
 class GridAttention(SLA2Attention):
-    """`SLA2Attention` that knows its tokens' grid, so that alpha can be carried to another."""
+    """`SLA2Attention` of a known grid, from which alpha can be carried to another."""
+
+    grid: Grid
 
     def __init__(self, num_heads: int, head_dim: int, *, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, seq_len=num_tokens(grid), **options)
-        self.grid = grid
+        super().__init__(num_heads, head_dim, seq_len=num_tokens(grid), grid=grid, **options)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | None = None) -> Tensor:
         """As `SLA2Attention.forward`; `grid`: of the tokens, where it is not the module's own."""
@@ -49,9 +51,6 @@ class GridAttention(SLA2Attention):
             layout=self.layout,
         )
         return cast(Tensor, out)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, grid={self.grid}"
 
 
 class Dispatch:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..checks import num_k_blocks, num_q_blocks
-from .grid import Grid, num_tokens
+from ..checks import Grid, num_k_blocks, num_q_blocks, num_tokens
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checks import Grid
 from ..rotary import rotate_pairs
 from .adapter import Adapter, argument, loaded_class, register_adapter
-from .grid import Grid, latent_grid
+from .grid import latent_grid
 
 # Compression (time, height, width) of the autoencoder by the latent channels it makes: that of
 # Wan2.1, which most models use, and that of Wan2.2 TI2V-5B.

@@ -26,6 +26,7 @@ from ..env import why_not
 from ..module import SLA2Attention
 from ..optim import param_groups
 from .calibrate import set_mean_alpha
+from .fit_arguments import check_layer_options, check_topk_fractions, pick_device
 from .fit_data import Problem, ProblemLoader, RecordedLayer, draw_batch, scan_layers
 from .fit_folder import FitFolder, FitReport, Run
 from .fit_log import FitLog, Row
@@ -92,8 +93,9 @@ def fit_router(
         batch: samples per step, at most those a layer has. They are computed one after the other,
             so it costs time and no memory.
         layers: names of the layers to fit; None: all that are recorded.
-        layer_options: further arguments of `SLA2Attention`, such as {"per_head_router": True}.
-            "quant" is only noted in the router files: this stage is unquantised.
+        layer_options: further arguments of `SLA2Attention`, such as {"per_head_router": True}, but
+            not what samples and call decide: sizes, grid, topk, layout and device. "quant" is only
+            noted in the router files: this stage is unquantised.
         calibrate: False starts alpha at alpha_init (0.85).
         refit_alpha: after the steps, alpha becomes the one with the least error in hard mode, for
             the fitted router and for the one it started from. False: as trained in soft mode.
@@ -150,8 +152,9 @@ def fit_router(
         check_flag(name, flag)
     if not (dtype is None or isinstance(dtype, torch.dtype)):
         raise TypeError(f"dtype must be a torch.dtype or None; got {dtype!r}")
-    fractions = _check_topk(topk)
-    place = _pick_device(device)
+    fractions = check_topk_fractions(topk)
+    place = pick_device(device)
+    options = check_layer_options(layer_options)
     recorded = scan_layers(samples, layers)
     fit = _Fit(
         folder=FitFolder(output),
@@ -163,7 +166,7 @@ def fit_router(
         tau=check_tau_range(tau),
         decay=float(decay),
         batch=batch,
-        options=dict(layer_options or {}),
+        options=options,
         calibrate=calibrate,
         refit_alpha=refit_alpha,
         keep_better=keep_better,
@@ -247,7 +250,8 @@ class _Fit(NamedTuple):
                 layer.name: {
                     "dtype": str(layer.dtype),
                     "N, H, D": (layer.tokens, layer.heads, layer.head_dim),
-                    "samples": layer.calls,
+                    "grid": layer.grid,
+                    "samples": layer.fingerprints(),
                 }
                 for layer in recorded
             },
@@ -260,6 +264,7 @@ class _Fit(NamedTuple):
             layer.heads,
             layer.head_dim,
             seq_len=layer.tokens,
+            grid=layer.grid,
             topk=fraction,
             layout="BNHD",
             device=device,
@@ -468,25 +473,3 @@ def _assemble(modules: Mapping[str, SLA2Attention]) -> nn.Module:
                 "router file needs: record it under the name of its SLA2Attention"
             ) from error
     return root
-
-
-def _check_topk(topk: Sequence[float]) -> tuple[float, ...]:
-    """The fractions; their range is checked by the layers. Raises TypeError / ValueError."""
-    if isinstance(topk, (str, bytes)) or not isinstance(topk, Sequence):
-        raise TypeError(f"topk must be a sequence of floats such as (0.05, 0.04); got {topk!r}")
-    if not topk:
-        raise ValueError("topk is empty: there is nothing to fit")
-    for fraction in topk:
-        if not isinstance(fraction, float):
-            raise TypeError(f"topk must hold floats, fractions of the key blocks; got {fraction!r}")
-    if any(after >= before for before, after in zip(topk, topk[1:], strict=False)):
-        raise ValueError(
-            f"topk={tuple(topk)} must descend: each router starts from the one that keeps more"
-        )
-    return tuple(topk)
-
-
-def _pick_device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .samples import SampleFile, list_files, read_form, read_sample
+from ..checks import Grid
+from .samples import SampleFile, fingerprint, list_files, read_form, read_sample
 
 
 class RecordedLayer(NamedTuple):
@@ -24,11 +25,11 @@ class RecordedLayer(NamedTuple):
     tokens: int
     heads: int
     head_dim: int
+    grid: Grid | None
 
-    @property
-    def calls(self) -> list[int]:
-        """The recorder's numbers of the samples."""
-        return [file.call for file in self.files]
+    def fingerprints(self) -> dict[str, str]:
+        """Of the samples, by the recorder's numbers."""
+        return {str(file.call): fingerprint(file) for file in self.files}
 
 
 class Problem(NamedTuple):
@@ -45,7 +46,7 @@ def scan_layers(folder: str | os.PathLike[str], names: Iterable[str] | None) -> 
 
     Reads the headers of all their files: what does not fit is found before hours of work. Raises
     ValueError for no samples, layers that are not there, samples of one layer that differ in N, H,
-    D or dtype, empty ones, and damaged files; TypeError for a str in place of names; OSError.
+    D, dtype or grid, empty ones, and damaged files; TypeError for a str in place of names; OSError.
     """
     if isinstance(names, str):
         raise TypeError(f"layers must be a collection of names; did you mean [{names!r}]?")
@@ -65,18 +66,28 @@ def scan_layers(folder: str | os.PathLike[str], names: Iterable[str] | None) -> 
 
 
 def _describe(name: str, files: tuple[SampleFile, ...]) -> RecordedLayer:
-    first_dtype, first = read_form(files[0])
+    first = read_form(files[0])
+    grid, grid_file = first.grid, files[0]
     for file in files:
-        dtype, shape = read_form(file)
-        if math.prod(shape) == 0:
-            raise ValueError(f"layer {name!r}: {file.path} is empty: q has shape {shape}")
-        if shape[1:] != first[1:] or dtype != first_dtype:
+        form = read_form(file)
+        if math.prod(form.shape) == 0:
+            raise ValueError(f"layer {name!r}: {file.path} is empty: q has shape {form.shape}")
+        if form.shape[1:] != first.shape[1:] or form.dtype != first.dtype:
             raise ValueError(
                 f"layer {name!r}: its samples must agree in dtype, N, H and D. {files[0].path} has "
-                f"{first_dtype} (B, N, H, D) = {first}, {file.path} has {dtype} {shape}. A router "
-                "file belongs to one token grid: record each into a folder of its own"
+                f"{first.dtype} (B, N, H, D) = {first.shape}, {file.path} has {form.dtype} "
+                f"{form.shape}. A router file belongs to one token grid: record each into a folder "
+                "of its own"
             )
-    return RecordedLayer(name, files, first_dtype, *first[1:])
+        if grid is None:
+            grid, grid_file = form.grid, file
+        if form.grid not in (None, grid):
+            raise ValueError(
+                f"layer {name!r}: its samples must agree in their grid. {grid_file.path} has "
+                f"{grid}, {file.path} has {form.grid}: record each into a folder of its own"
+            )
+    _, tokens, heads, head_dim = first.shape
+    return RecordedLayer(name, files, first.dtype, tokens, heads, head_dim, grid)
 
 
 class ProblemLoader:

@@ -20,7 +20,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -34,7 +34,7 @@ from ..checkpoint import save_router
 from ..files import write_atomically
 from ..module import SLA2Attention
 
-_VERSION = 2
+_VERSION = 3
 _REPORT = "report.csv"
 _METADATA_KEY = "sla2.fit"
 _ADAM = "adam"
@@ -221,10 +221,22 @@ class FitFolder:
             ) from error
 
 
-def _pairs(saved: dict[str, Any], own: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(name, saved value, own value) of every setting, layers one by one."""
-    names = [name for name in {**own, **saved} if name != "layers"]
-    pairs = [(name, saved.get(name), own.get(name)) for name in names]
+def _pairs(saved: dict[str, Any], own: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, saved value, own value) of every setting, layers and samples one by one.
+
+    What comes after a pair counts on that its two values are equal.
+    """
+    for name in {**own, **saved}:
+        if name != "layers":
+            yield name, saved.get(name), own.get(name)
     before, now = saved["layers"], own["layers"]
-    pairs.append(("layers", list(before), list(now)))
-    return pairs + [(f"layer {name!r}", before[name], now.get(name)) for name in before]
+    yield "layers", list(before), list(now)
+    for layer in before:
+        for name in now[layer]:
+            if name != "samples":
+                yield f"{name} of layer {layer!r}", before[layer].get(name), now[layer][name]
+        samples, samples_now = before[layer]["samples"], now[layer]["samples"]
+        yield f"samples of layer {layer!r}", list(samples), list(samples_now)
+        for call in samples:
+            name = f"fingerprint of sample {call} of layer {layer!r}"
+            yield name, samples[call], samples_now[call]

@@ -4,7 +4,9 @@ Which calls are kept is bottom-k sampling. Every call of a layer draws a random 
 `max_samples_per_layer` smallest stay: a uniform choice among all calls, whatever their number,
 where keeping the first ones would see the first timesteps alone. The choice is made before the
 tensors are touched, and it needs nothing but the priorities of the files that are there, so a
-recording can be continued later.
+recording can be continued later. A session with a seed also needs its number, or it would draw
+the priorities of an earlier one again: the file `sessions` counts them. The next call's number
+would not do: a session of which nothing was kept leaves it as it was.
 """
 
 from __future__ import annotations
@@ -24,10 +26,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..checks import LAYOUTS, check_choice, check_flag, check_tensor
+from ..checks import LAYOUTS, Grid, check_choice, check_flag, check_grid_of, check_tensor
 from ..module import SLA2Attention
-from .samples import list_files, read_priority, safetensors_files, write_sample
+from .samples import (
+    list_files,
+    read_priority,
+    read_sessions,
+    safetensors_files,
+    write_sample,
+    write_sessions,
+)
 
+_Kept = tuple[float, int, Path]  # priority, call, file
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -45,16 +55,16 @@ class QKVRecorder:
         dtype: floating dtype of the files; None: as the tensors come. Inside a hooked module under
             autocast that may be wider than what attention computes in.
         layout: of the tensors, "BNHD" or "BHND"; an `SLA2Attention` has its own.
-        seed: an int makes the choice reproducible: the same calls and seed keep the same samples.
-            None: another choice every time.
-        append: continue the recording in `folder`; its samples count toward the limit, and a seed
-            must be another than before, whose priorities it would draw again. Without append, a
-            folder with safetensors files is refused.
+        seed: an int makes the choice reproducible: the same calls and seed, session by session,
+            keep the same samples. None: another choice every time.
+        append: continue the recording in `folder`; its samples count toward the limit. Without
+            append, a folder with safetensors files is refused.
 
     A sample is on disk when the call that brought it goes on; that waits for the device. An
     exception, also one from here, ends the recording but damages no sample. Inputs are never
-    written and not kept, neither is their autograd graph. Hooks exist inside the `with` alone; on
-    leaving it without an exception, hooked layers that were never called get a RuntimeWarning.
+    written and not kept, neither is their autograd graph. Hooks exist inside the `with` alone, and
+    a copy of the model made meanwhile is not recorded; on leaving it without an exception, hooked
+    layers that were never called get a RuntimeWarning.
     Record an uncompiled model, outside CUDA graph capture, from one thread, without gradient
     checkpointing (its second forward would count again).
 
@@ -93,7 +103,7 @@ class QKVRecorder:
         self._given_seed = seed
         self._append = append
         self._active = False
-        self._seed = 0
+        self._seed = ""
         self._timestep: float | None = None
         self._hooks: list[RemovableHandle] = []
         self._reservoirs: dict[str, _Reservoir] = {}
@@ -104,10 +114,12 @@ class QKVRecorder:
     def __enter__(self) -> QKVRecorder:
         if self._active:
             raise RuntimeError("this QKVRecorder is already recording")
-        drawn = random.SystemRandom().getrandbits(64)
-        self._seed = drawn if self._given_seed is None else self._given_seed
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._reservoirs = self._existing_samples()
+        samples = self._existing_samples()
+        self._seed = self._begin_session()
+        self._reservoirs = {
+            name: _Reservoir(self._seed, name, own) for name, own in samples.items()
+        }
         self._timestep = None
         self._called.clear()
         for name, module in self._modules.items():
@@ -134,7 +146,16 @@ class QKVRecorder:
                 stacklevel=2,
             )
 
-    def _existing_samples(self) -> dict[str, _Reservoir]:
+    def _begin_session(self) -> str:
+        """The seed of this session. One that was given is another in each of them, also after a
+        session that was killed."""
+        if self._given_seed is None:
+            return str(random.SystemRandom().getrandbits(64))
+        session = read_sessions(self._folder) if self._append else 0
+        write_sessions(self._folder, session + 1)
+        return f"{self._given_seed}/{session}"
+
+    def _existing_samples(self) -> dict[str, list[_Kept]]:
         if not self._append:
             present = safetensors_files(self._folder)
             if present:
@@ -144,11 +165,11 @@ class QKVRecorder:
                     "with append=True"
                 )
             return {}
-        samples: dict[str, list[tuple[float, int, Path]]] = {}
+        samples: dict[str, list[_Kept]] = {}
         for file in list_files(self._folder):
             entry = (read_priority(file), file.call, file.path)
             samples.setdefault(file.layer, []).append(entry)
-        return {name: _Reservoir(self._seed, name, own) for name, own in samples.items()}
+        return samples
 
     # ---- recording ----------------------------------------------------------------------------
 
@@ -175,7 +196,7 @@ class QKVRecorder:
         Raises RuntimeError outside the `with`, TypeError / ValueError for other tensors, OSError
         naming the file where it cannot be written.
         """
-        self._offer(layer, (q, k, v), self._layout, step)
+        self._offer(layer, (q, k, v), self._layout, step, None)
 
     def _make_hook(
         self, name: str, module: nn.Module
@@ -183,11 +204,16 @@ class QKVRecorder:
         signature = inspect.signature(module.forward)
         layout = module.layout if isinstance(module, SLA2Attention) else self._layout
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if called is not module or not self._active:
+                return  # a copy of the model, which took the hook along
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()  # a q, k or v left out becomes an error that names it
             q, k, v = (bound.arguments[tensor] for tensor in "qkv")
-            self._offer(name, (q, k, v), layout, None)
+            # GridAttention is told the grid of a call, where it is not its own.
+            grid = bound.arguments.get("grid")
+            grid = getattr(module, "grid", None) if grid is None else grid
+            self._offer(name, (q, k, v), layout, None, grid)
 
         return hook
 
@@ -197,6 +223,7 @@ class QKVRecorder:
         qkv: tuple[Tensor, Tensor, Tensor],
         layout: str,
         step: float | Tensor | None,
+        grid: Any,
     ) -> None:
         if not self._active:
             raise RuntimeError("record() belongs inside the recorder's with statement")
@@ -209,14 +236,15 @@ class QKVRecorder:
         if not reservoir.takes(priority, self._limit):
             return
         stored = [_as_stored(x, layout, self._dtype) for x in qkv]
-        path = write_sample(self._folder, call, priority, layer, timestep, stored)
+        known = _as_grid(grid, stored[0].shape[1])
+        path = write_sample(self._folder, call, priority, layer, timestep, known, stored)
         reservoir.add(priority, call, path, self._limit)
 
 
 class _Reservoir:
     """The samples of one layer that are on disk; a heap with the largest priority first."""
 
-    def __init__(self, seed: int, layer: str, samples: list[tuple[float, int, Path]]) -> None:
+    def __init__(self, seed: str, layer: str, samples: list[_Kept]) -> None:
         self._heap = [(-priority, call, path) for priority, call, path in samples]
         heapq.heapify(self._heap)
         self._next_call = 1 + max((call for _, call, _ in samples), default=-1)
@@ -330,6 +358,15 @@ def _as_timestep(timestep: float | Tensor | None) -> float | None:
     if not math.isfinite(timestep):
         raise ValueError(f"a timestep must be finite; got {timestep}")
     return float(timestep)
+
+
+def _as_grid(grid: Any, tokens: int) -> Grid | None:
+    """`grid`, of a hooked module, where it is one of so many tokens: a module may have another
+    thing by that name."""
+    try:
+        return check_grid_of(grid, tokens)
+    except (TypeError, ValueError):
+        return None
 
 
 def _as_stored(x: Tensor, layout: str, dtype: torch.dtype | None) -> Tensor:

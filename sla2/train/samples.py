@@ -1,5 +1,7 @@
 """The files of recorded attention inputs: one safetensors file per sample, no other index.
 
+Beside them the file `sessions` has the number of recordings with a seed that began in the folder.
+
 A file is named `<layer>@<call>.safetensors`: the layer percent-encoded, and the number of the call
 in the order of recording. It holds q, k and v, each (B, N, H, D) and contiguous, and this metadata:
 
@@ -10,11 +12,14 @@ in the order of recording. It holds q, k and v, each (B, N, H, D) and contiguous
     layout        "BNHD"
     dtype         of all three tensors, such as "bfloat16"
     priority      the random number in [0, 1) by which the recorder chose this sample
+    grid          JSON: (frames, rows, columns) of the N tokens, or null where it is unknown; files
+                  written before it existed lack it
     sla2_version  of the writer
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -30,12 +35,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .._version import __version__
+from ..checks import Grid, check_grid_of
 from ..files import write_atomically
 
 FORMAT = "sla2-qkv"
 VERSION = "1"
 SUFFIX = ".safetensors"
+_SESSIONS = "sessions"
 _NAMES = ("q", "k", "v")
+# Of a file's tensors, what a fingerprint is made of: 128 KiB in pieces from the first to the last.
+_PIECES, _PIECE_BYTES = 8, 1 << 14
 _FILE_NAME = re.compile(r"(?P<layer>[^@]+)@(?P<call>[0-9]{6,})\.safetensors")
 
 
@@ -58,6 +67,16 @@ class SampleFile(NamedTuple):
     path: Path
     layer: str
     call: int
+
+
+class SampleForm(NamedTuple):
+    """What the samples of a layer must agree in, the batch size in `shape` apart."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """(B, N, H, D)."""
+    grid: Grid | None
+    """None: unknown."""
 
 
 def read_samples(folder: str | os.PathLike[str], layer: str | None = None) -> Iterator[Sample]:
@@ -101,7 +120,13 @@ def safetensors_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def write_sample(
-    folder: Path, call: int, priority: float, layer: str, timestep: float | None, qkv: list[Tensor]
+    folder: Path,
+    call: int,
+    priority: float,
+    layer: str,
+    timestep: float | None,
+    grid: Grid | None,
+    qkv: list[Tensor],
 ) -> Path:
     """Writes contiguous CPU tensors that share no memory; the file appears complete or not at all.
 
@@ -118,6 +143,7 @@ def write_sample(
         "layout": "BNHD",
         "dtype": _dtype_name(qkv[0]),
         "priority": repr(priority),
+        "grid": json.dumps(grid),
         "sla2_version": __version__,
     }
     tensors = dict(zip(_NAMES, qkv, strict=True))
@@ -138,20 +164,54 @@ def write_sample(
     return path
 
 
+def read_sessions(folder: Path) -> int:
+    """How many recordings with a seed began in `folder`. Raises ValueError for a damaged file."""
+    path = folder / _SESSIONS
+    text = path.read_text("utf-8") if path.exists() else "0"
+    if not text.strip().isdecimal():
+        raise ValueError(f"{path} is damaged: it holds {text!r}, not the number of sessions")
+    return int(text)
+
+
+def write_sessions(folder: Path, count: int) -> None:
+    """Raises OSError."""
+    text = f"{count}\n"
+    write_atomically(
+        folder / _SESSIONS, lambda temporary: temporary.write_text(text, "utf-8"), suffix=".tmp"
+    )
+
+
 def read_priority(file: SampleFile) -> float:
     """The priority stored in `file`. Raises what `read_samples` raises for a file."""
     with _open_checked(file) as (_, metadata):
         return float(metadata["priority"])
 
 
-def read_form(file: SampleFile) -> tuple[torch.dtype, tuple[int, ...]]:
-    """dtype and shape (B, N, H, D) of q in `file`, from its header; raises as `read_sample`."""
+def read_form(file: SampleFile) -> SampleForm:
+    """Of q in `file`, from its header; raises as `read_sample`."""
     with _open_checked(file) as (content, metadata):
         dtype = getattr(torch, metadata["dtype"], None)
         shape = tuple(content.get_slice("q").get_shape())
         if not isinstance(dtype, torch.dtype) or len(shape) != 4:
             raise ValueError(f"q is {metadata['dtype']} {shape}; expected (B, N, H, D)")
-        return dtype, shape
+        grid = check_grid_of(json.loads(metadata.get("grid", "null")), shape[1])
+        return SampleForm(dtype, shape, grid)
+
+
+def fingerprint(file: SampleFile) -> str:
+    """Tells the tensors of one recording from those of another, without reading all of them.
+
+    Of their number of bytes and of pieces spread over them, not of the metadata: the same tensors
+    have the same fingerprint when they are recorded again. Raises OSError.
+    """
+    with file.path.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")  # behind the header and its length
+        size = stream.seek(0, os.SEEK_END) - start
+        digest = hashlib.sha256(str(size).encode())
+        for piece in range(_PIECES):
+            stream.seek(start + max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
+            digest.update(stream.read(_PIECE_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def read_sample(file: SampleFile) -> Sample:

@@ -1,0 +1,62 @@
+"""Arguments of `fit_router` that take more than a line to check."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..module import SLA2Attention
+
+# What a fit knows of a layer by itself: from the samples, from its own topk and device.
+_OWN = ("num_heads", "head_dim", "seq_len", "grid", "topk", "layout", "device")
+_PLAIN = (bool, int, float, str)
+
+
+def check_topk_fractions(topk: Sequence[float]) -> tuple[float, ...]:
+    """The fractions; their range is checked by the layers. Raises TypeError / ValueError."""
+    if isinstance(topk, (str, bytes)) or not isinstance(topk, Sequence):
+        raise TypeError(f"topk must be a sequence of floats such as (0.05, 0.04); got {topk!r}")
+    if not topk:
+        raise ValueError("topk is empty: there is nothing to fit")
+    for fraction in topk:
+        if not isinstance(fraction, float):
+            raise TypeError(f"topk must hold floats, fractions of the key blocks; got {fraction!r}")
+    if any(after >= before for before, after in zip(topk, topk[1:], strict=False)):
+        raise ValueError(
+            f"topk={tuple(topk)} must descend: each router starts from the one that keeps more"
+        )
+    return tuple(topk)
+
+
+def check_layer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options as a dictionary of plain values, which the settings of a fit can hold.
+
+    Names and types alone; the ranges are checked by the layers. Raises TypeError.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"layer_options must be a mapping such as {{'per_head_router': True}}; got {options!r}"
+        )
+    allowed = [name for name in inspect.signature(SLA2Attention).parameters if name not in _OWN]
+    for name, value in options.items():
+        if name not in allowed:
+            what = "which fit_router sets itself" if name in _OWN else "which is no option"
+            raise TypeError(f"layer_options has {name!r}, {what}: allowed are {', '.join(allowed)}")
+        if not isinstance(value, _PLAIN):
+            raise TypeError(
+                f"layer_options has {value!r} for {name!r}, a {type(value).__name__}: a bool, int, "
+                "float or str is allowed, for the settings are written to a file"
+            )
+    return dict(options)
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """`device`; None: the current GPU if there is one, else the CPU."""
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
