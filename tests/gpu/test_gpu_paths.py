@@ -130,11 +130,14 @@ def test_states_beyond_the_cache(quant: str) -> None:
 
 
 @needs_sm90
-@pytest.mark.parametrize("factor", [1, 4])
+@pytest.mark.parametrize(("factor", "limit"), [(1, 1.5e-3), (4, 4e-3)])
 @pytest.mark.parametrize(("seqlen", "head_dim"), [(75600, 128), (131072, 128), (262144, 64)])
-def test_sums_over_many_key_blocks(seqlen: int, head_dim: int, factor: int) -> None:
+def test_sums_over_many_key_blocks(seqlen: int, head_dim: int, factor: int, limit: float) -> None:
     """Hopper's e4m3 products keep 14 bits of a sum. With alpha near 0 the output is O_l, whose sums
-    run over all key blocks; peaked features (`factor`) have terms of very different size."""
+    run over all key blocks; peaked features (`factor`) have terms of very different size.
+
+    The limits are 1.5 times what is left at any length. Sums made in one go: 2e-3, 8e-3 and 5e-2,
+    of peaked features 7e-3, 2e-2 and 5e-2."""
     need_memory(8)
     inputs = make_inputs(Case(1, seqlen, 1, head_dim, "2", torch.float16), DEVICE)
     inputs.q, inputs.k = factor * inputs.q, factor * inputs.k
@@ -142,7 +145,7 @@ def test_sums_over_many_key_blocks(seqlen: int, head_dim: int, factor: int) -> N
     made = raw_route(inputs.q, inputs.k, inputs.proj_q, inputs.proj_k, 20)
     lists = (made["lut"], made["counts"])
     portable, sm90 = run_both(inputs, 20, quant="int8_fp8", lists=lists)
-    assert rel_l2(sm90["out"], portable["out"]) <= 2e-3
+    assert rel_l2(sm90["out"], portable["out"]) <= limit
 
 
 @needs_sm90
