@@ -143,7 +143,8 @@ PROVENANCE = {
 }
 SHAPE = {"B": SIZE, "H": SIZE, "N": SIZE, "D": SIZE, "dtype": TEXT, "kept": SHARE, "quant": TEXT}
 MEDIAN = {"ms_median": POSITIVE, "ms_min": POSITIVE, "ms_max": POSITIVE}
-OPTIONAL = {"command": TEXT_OR_NONE, "cpu": TEXT_OR_NONE}  # older files lack them, or GPU rows do
+# Older files lack them, or GPU rows do.
+OPTIONAL = {"command": TEXT_OR_NONE, "cpu": TEXT_OR_NONE, "peak_extra_bytes": SIZE_OR_NONE}
 ROW = {**PROVENANCE, "op": TEXT, **SHAPE, "path": TEXT, **MEDIAN, "peers": TIMES}
 CASE = {**SHAPE, "path": TEXT, "whole_ms": TIMES, "sums": LIST}
 SUM = {"group": TEXT, "ms": NOT_NEGATIVE, "floor_ms": NOT_NEGATIVE}

@@ -74,10 +74,11 @@ def _call_table(rows: list[Row], cite: Callable[[Run], str], *, backward: bool =
             median_cell(row),
             significant(dense_rate(row, row["ms_median"], backward=backward)),
             *(peer_cell(row, name) for name in peers),
+            _extra_memory(row),
         ]
         for row in rows
     ]
-    return table(header, cells, left=5)
+    return table([*header, "extra / qkv"], cells, left=5)
 
 
 def _call_panels(rows: list[Row]) -> list[Panel]:
@@ -114,7 +115,8 @@ def _forward(results: Results, cite: Callable[[Run], str]) -> Section:
     return Section(
         "forward",
         "Forward",
-        "One call of `sla2_attention` without gradients.",
+        "One call of `sla2_attention` without gradients. `extra / qkv` is the most memory that a "
+        "call holds beyond what was there before it, its output included, over that of q, k and v.",
         "sla2 bench --shape wan1.3b-480p wan14b-720p --topk 0.03 0.05 0.1 "
         "--quant none int8_fp8 --peers --refcheck --output forward",
         _forward_paper(rows),
@@ -189,7 +191,8 @@ def _backward(results: Results, cite: Callable[[Run], str]) -> Section:
         "backward",
         "Backward",
         "One call of `sla2_attention` and the gradients of q, k, v and alpha: what a training step "
-        "pays. C/t counts the seven products of full attention forward and backward.",
+        "pays. C/t counts the seven products of full attention forward and backward. `extra / qkv` "
+        "includes the gradients.",
         "sla2 bench --backward --shape wan1.3b-480p wan14b-720p --topk 0.03 0.05 0.1 "
         "--quant none int8_fp8 --peers --output backward",
         [FORWARD_ONLY],
@@ -243,12 +246,13 @@ def _stage1_table(rows: list[Row], cite: Callable[[Run], str]) -> str:
 
 
 def _extra_memory(row: Row) -> str:
-    """Empty for a CPU, where it is not measured."""
-    if row["peak_extra_bytes"] is None:
+    """Empty for a CPU, where it is not measured, and in older files."""
+    extra = row.get("peak_extra_bytes")
+    if extra is None:
         return ""
     element = 4 if row["dtype"] == "float32" else 2
     qkv = 3 * element * row["B"] * row["H"] * row["N"] * row["D"]
-    return f"{row['peak_extra_bytes'] / qkv:.2f}"
+    return f"{extra / qkv:.2f}"
 
 
 def _stage1_label(row: Row) -> str:
