@@ -184,7 +184,6 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim>::kThreads, 2
       update_max<C, kMask>(s, valid, block_scale, row_max, row_sum, rescale);
       exponentiate<C, kMask>(s, valid, block_scale, shift, row_max, row_sum, weights);
     };
-    if (count > 1) release(count - 2);
     if (valid < kBlockK) {
       weigh_last(std::true_type{});
     } else {
