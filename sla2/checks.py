@@ -1,9 +1,9 @@
 """Argument checks of the public functions: every rule once, every message with what is allowed.
 
-Only types, shapes, strides, dtypes and devices are looked at, never a tensor's values: the checks
-neither wait for the GPU nor break a `torch.compile` graph. Values (the range of `pinned_kv`, the
-entries of a block list) are checked where that is free, on the CPU, and ignored safely by the
-kernels otherwise; `BlockMap.validate()` reports them.
+Only types, shapes, strides, dtypes, devices and whether there is a tangent are looked at, never a
+tensor's values: the checks neither wait for the GPU nor break a `torch.compile` graph. Values (the
+range of `pinned_kv`, the entries of a block list) are checked where that is free, on the CPU, and
+ignored safely by the kernels otherwise; `BlockMap.validate()` reports them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .constants import BLOCK_K, BLOCK_Q, HEAD_DIMS, MAX_SEQLEN, QUANT_MODES
 
@@ -104,15 +105,38 @@ def check_tensor(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Whether `x` has a tangent of forward mode, or may have one as a graph's input.
+
+    A traced tensor does not tell; a graph is traced anew where a dual level begins.
+    """
+    if forward_ad._current_level < 0:  # nobody is in forward mode
+        return False
+    return torch.compiler.is_compiling() or forward_ad.unpack_dual(x).tangent is not None
+
+
+def _check_no_tangent(name: str, x: Tensor) -> None:
+    # The operators would return a tangent of zero.
+    if has_tangent(x):
+        raise RuntimeError(
+            "forward-mode derivatives of SLA2 attention are not implemented (torch.func.jvp, "
+            f"torch.autograd.forward_ad): {name} has a tangent, or is traced by torch.compile in a "
+            "dual level, where it may have one. Where no derivative is wanted, pass "
+            f"{name}.detach(), and run compiled code outside of the level"
+        )
+
+
 def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, layout: str) -> Shape:
     """Checks q, k and (unless None) v against each other and the device; returns their sizes.
 
-    Raises TypeError for a wrong type or dtype, ValueError for shapes, strides, devices and sizes.
+    Raises TypeError for a wrong type or dtype, ValueError for shapes, strides, devices and sizes,
+    RuntimeError for a tangent.
     """
     check_choice("layout", layout, LAYOUTS)
     tensors = (("q", q), ("k", k)) if v is None else (("q", q), ("k", k), ("v", v))
     for name, x in tensors:
         check_tensor(name, x)
+        _check_no_tangent(name, x)
     dims = ", ".join(layout)
     if q.dim() != 4:
         raise ValueError(f"q must be ({dims}) for layout={layout!r}; got shape {tuple(q.shape)}")
@@ -179,6 +203,7 @@ def _check_dtype_and_head_dim(q: Tensor, shape: Shape) -> None:
 def _check_float32(name: str, x: Tensor, q: Tensor) -> None:
     # float64 next to float64 q, k, v is for checks of the mathematics on the CPU.
     check_tensor(name, x)
+    _check_no_tangent(name, x)
     if x.dtype != torch.float32 and not (x.dtype == q.dtype == torch.float64):
         raise TypeError(
             f"{name} must be torch.float32 whatever the dtype of q; got {x.dtype}. In 16 bit the "
@@ -190,7 +215,8 @@ def _check_float32(name: str, x: Tensor, q: Tensor) -> None:
 
 
 def check_router(proj_q: Tensor, proj_k: Tensor, q: Tensor, shape: Shape) -> None:
-    """Raises TypeError / ValueError unless both projections are (D, D) or (H, D, D) float32."""
+    """Raises TypeError / ValueError unless both projections are (D, D) or (H, D, D) float32, and
+    RuntimeError for a tangent."""
     for name, x in (("proj_q", proj_q), ("proj_k", proj_k)):
         _check_float32(name, x, q)
         d, h = shape.head_dim, shape.num_heads
@@ -220,7 +246,8 @@ def check_router_frozen(proj_q: Tensor, proj_k: Tensor) -> None:
 
 
 def check_alpha(alpha_logit: Tensor, q: Tensor, shape: Shape) -> None:
-    """Raises TypeError / ValueError unless alpha_logit is (T_m,), (H, T_m) or (H, N) float32."""
+    """Raises TypeError / ValueError unless alpha_logit is (T_m,), (H, T_m) or (H, N) float32, and
+    RuntimeError for a tangent."""
     _check_float32("alpha_logit", alpha_logit, q)
     heads, t_m = shape.num_heads, shape.num_q_blocks
     given = alpha_logit.shape

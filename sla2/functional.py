@@ -138,7 +138,8 @@ def sla2_attention(
     Raises:
         TypeError: a wrong type or dtype (an integer topk; float32 q, k, v on CUDA).
         ValueError: shapes, strides, devices or options that do not fit.
-        RuntimeError: no kernel for this device; proj_q or proj_k requires grad in hard mode.
+        RuntimeError: no kernel for this device; proj_q or proj_k requires grad in hard mode; a
+            tensor has a tangent of forward mode, which has no implementation.
     """
     check_choice("mode", mode, MODES)
     check_quant(quant)

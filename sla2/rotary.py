@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .autograd import Grads
+from .checks import has_tangent
 from .constants import HEAD_DIMS
 from .ops import _DTYPES, _extension, _kernel_input, _operand, empty_like
 
@@ -22,10 +23,11 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (B, N, H, D). cos, sin: broadcast against x, each pair's value twice. The arithmetic is in
     the wider of the dtypes, one rounding to x's at the end. Differentiable in x, and in cos and
-    sin where they require grad.
+    sin where they require grad; in forward mode in all three.
 
     The kernel takes bfloat16 or float16 x with D 64 or 128 and float32 cos and sin without
-    gradients; all else, and what `torch.compile` traces and fuses, is PyTorch's operations.
+    gradients; all else, what has a tangent of forward mode, and what `torch.compile` traces and
+    fuses, is PyTorch's operations.
     """
     if _kernel_takes(x, cos, sin) and not torch.compiler.is_compiling():
         rotated: Tensor = torch.ops.sla2.rotary(x, cos, sin, False)
@@ -47,6 +49,7 @@ def _kernel_takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
         and x.dim() == 4
         and x.shape[-1] in HEAD_DIMS
         and all(angle.dtype == torch.float32 and not angle.requires_grad for angle in (cos, sin))
+        and not any(map(has_tangent, (x, cos, sin)))
     )
 
 

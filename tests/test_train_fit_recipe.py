@@ -141,6 +141,38 @@ def test_hard_mode_where_alpha_does_not_matter() -> None:
     assert not layer.alpha_offset.any() and hard.error() == 0.0
 
 
+# Every block is listed: of several key blocks, and of a single one whatever the fraction.
+ALL_LISTED = [(N, 1.0), (64, 0.4), (40, 1.0)]
+
+
+@pytest.mark.parametrize(("tokens", "topk"), ALL_LISTED)
+def test_hard_mode_where_every_block_is_listed(tokens: int, topk: float) -> None:
+    """SLA2 is full attention there, whatever alpha is: no error, and alpha stays."""
+    samples = random_samples(2, torch.float32, (1, tokens, H, D))
+    layer = SLA2Attention(H, D, seq_len=tokens, topk=topk)
+    hard = HardMode(layer, [Problem(q, k, v, full_attention(q, k, v)) for q, k, v in samples])
+    assert relative_error(layer, samples) < 1e-6
+    assert hard.error() < 1e-6
+    hard.set_best_alpha()
+    assert not layer.alpha_offset.any()
+
+
+@pytest.mark.parametrize("options", [{}, {"refit_alpha": False, "calibrate": False}], ids=str)
+@pytest.mark.parametrize(("tokens", "topk"), ALL_LISTED)
+def test_reported_errors_where_every_block_is_listed(
+    tokens: int, topk: float, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """As small as the written router's."""
+    problems = random_samples(2, torch.float32, (1, tokens, H, D))
+    folder = record(tmp_path / "samples", {"x": problems})
+    paths = fit_router(folder, tmp_path / "out", **{**SMALL, "topk": (topk,)}, **options)
+    layer = SLA2Attention(H, D, seq_len=tokens, topk=topk)
+    load_router(layer, tmp_path / "out" / "layers" / f"x@{topk}.safetensors")
+    assert set(paths) == {topk} and relative_error(layer, problems) < 1e-6
+    (row,) = read_report(tmp_path / "out")
+    assert max(row.error_start, row.error_fitted) < 1e-6
+
+
 # ---- which router is kept -----------------------------------------------------------------------
 
 

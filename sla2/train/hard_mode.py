@@ -20,8 +20,9 @@ _MARGIN = 0.01
 class HardMode:
     """How far SLA2 in hard mode is from full attention, as a function of alpha.
 
-    O = O_l + alpha (O_s - O_l), so the squared error is a quadratic function of each alpha. One
-    pass over the samples, unquantised, finds its coefficients for the router of `module`.
+    O = O_l + alpha (O_s - O_l), so the squared error is a quadratic function of each alpha; a
+    constant where every block is listed, as O = O_s there. One pass over the samples, unquantised,
+    finds its coefficients for the router of `module`.
     Nothing is read from the device before `error` or `set_best_alpha`.
     """
 
@@ -44,9 +45,12 @@ class HardMode:
         )  # fmt: skip
         sparse = block_sparse_attention(q, k, v, block_map, smooth_k=module.smooth_k)
         assert isinstance(sparse, Tensor)
-        linear = complement_linear_attention(
-            q, k, v, block_map, smooth_k=module.smooth_k, phi_input=module.phi_input
-        )
+        if block_map.sparsity > 0.0:
+            linear = complement_linear_attention(
+                q, k, v, block_map, smooth_k=module.smooth_k, phi_input=module.phi_input
+            )
+        else:  # no complement in any row: the router's lists are of one length
+            linear = sparse
         wide = torch.promote_types(q.dtype, torch.float32)
         missing = full.to(wide) - linear.to(wide)
         between = sparse.to(wide) - linear.to(wide)

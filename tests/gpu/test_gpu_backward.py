@@ -1,21 +1,19 @@
 """The gradient operator: every length, kind of list, option and stride; bits that repeat.
 
-The oracle is `sla2.blockwise` in float64 on the same 16-bit tensors, O_s and lse: what the operator
-should return for what it is given. The yardstick is the error that autograd through the
-low-precision reference makes (see `compare`). `test_gpu_gradients` goes through autograd instead.
+The oracle is in `grad_problem`. `test_gpu_gradients` goes through autograd instead.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
+import grad_problem
 import pytest
 import torch
 from cases import KERNEL_DTYPES, LARGE_SEQLENS, SMALL_SEQLENS, Case, make_inputs
-from compare import BACKWARD_REL_L2, check_backward, max_err, rel_l2
+from compare import BACKWARD_REL_L2, max_err, rel_l2
 from gpu_tools import (
     DEVICE,
     GPU,
@@ -25,106 +23,13 @@ from gpu_tools import (
     same_bits,
     why_not_sm90,
 )
+from grad_problem import BRANCHES, NAMES, Problem, check
 from torch import Tensor
 
 import sla2
-from sla2 import blockwise, ops, ops_bwd, reference
+from sla2 import ops
 
 pytestmark = GPU
-
-BRANCHES = ("both", "sparse", "linear")
-NAMES = ("dq", "dk", "dv", "dalpha")
-Grads = tuple[Tensor, ...]
-
-
-@dataclass
-class Problem:
-    """The operands of one backward call, in the layout of `case`."""
-
-    case: Case
-    branch: str
-    grad_out: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out_sparse: Tensor
-    lse: Tensor
-    dense: Tensor
-    lut: Tensor
-    counts: Tensor
-    alpha_logit: Tensor | None
-    scale: float
-    smooth_k: bool = True
-    phi_input: str = "smoothed"
-
-    def run(self, **replaced: Any) -> Grads:
-        """Through the operator; gradients in the layout."""
-        x = {**self.__dict__, **replaced}
-        grads: Grads = ops_bwd.attn_bwd(
-            x["grad_out"], x["q"], x["k"], x["v"], x["out_sparse"], x["lse"], x["lut"], x["counts"],
-            x["alpha_logit"], x["scale"], x["branch"], x["smooth_k"], x["phi_input"],
-            self.case.layout,
-        )  # fmt: skip
-        return grads if self.branch == "both" else grads[:3]
-
-    def exact(self) -> Grads:
-        """The same call in float64."""
-
-        def wide(x: Tensor) -> Tensor:
-            return ops.bnhd(x, self.case.layout).double()
-
-        saved = wide(self.out_sparse) if self.branch != "linear" else self.out_sparse
-        grads = blockwise.attn_bwd(
-            wide(self.grad_out), wide(self.q), wide(self.k), wide(self.v), saved,
-            self.lse.double(), self.lut, self.counts,
-            None if self.alpha_logit is None else self.alpha_logit.double(), scale=self.scale,
-            branch=self.branch, smooth_k=self.smooth_k, phi_input=self.phi_input,
-        )  # fmt: skip
-        made = [ops.in_layout(x, self.case.layout) for x in grads[:3]]
-        return (*made, grads[3]) if grads[3] is not None else tuple(made)
-
-    def reference(self, compute: torch.dtype) -> Grads:
-        wide = torch.float64 if compute == torch.float64 else torch.float32
-        q, k, v = (
-            x.detach().to(wide, copy=True).requires_grad_() for x in (self.q, self.k, self.v)
-        )
-        common: dict[str, Any] = {
-            "smooth_k": self.smooth_k, "compute_dtype": compute, "layout": self.case.layout,
-        }  # fmt: skip
-        leaves = [q, k, v]
-        out: Any
-        if self.branch == "sparse":
-            out = reference.block_sparse_attention(q, k, v, self.dense, scale=self.scale, **common)
-        elif self.branch == "linear":
-            out = reference.complement_linear_attention(
-                q, k, v, self.dense, phi_input=self.phi_input, **common
-            )
-        else:
-            assert self.alpha_logit is not None
-            leaves.append(self.alpha_logit.detach().to(wide, copy=True).requires_grad_())
-            out = reference.sla2_attention(
-                q, k, v, proj_q=None, proj_k=None, alpha_logit=leaves[3], block_map=self.dense,
-                scale=self.scale, phi_input=self.phi_input, **common,
-            )  # fmt: skip
-        grads = torch.autograd.grad(out, leaves, self.grad_out.to(out.dtype), allow_unused=True)
-        return tuple(
-            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
-        )
-
-    def yardsticks(self, exact: Grads) -> Grads:
-        """The exact gradients plus the low-precision reference's errors.
-
-        The linear branch's products are bfloat16 whatever the inputs are.
-        """
-        plain = self.reference(torch.float64)
-        dtypes = {self.case.dtype} if self.branch == "sparse" else {self.case.dtype, torch.bfloat16}
-        errors = [
-            [low - ref for low, ref in zip(self.reference(dtype), plain, strict=True)]
-            for dtype in sorted(dtypes, key=str)
-        ]
-        largest = [max(e, key=lambda x: x.abs().max().item()) for e in zip(*errors, strict=True)]
-        return tuple(x + e for x, e in zip(exact, largest, strict=True))
-
 
 ListMaker = Callable[[Case, torch.Generator], Tensor]
 
@@ -170,38 +75,9 @@ def make_problem(
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = make_inputs(case, DEVICE, seed=seed)
-    dense = lists(case, generator)
-    block_map = sla2.BlockMap.from_dense(dense, case.seqlen)
-    lut, counts, dense = (x.to(DEVICE) for x in (block_map.lut, block_map.counts, dense))
+    block_map = sla2.BlockMap.from_dense(lists(case, generator), case.seqlen).to(DEVICE)
     grad_out = torch.randn(case.shape, generator=generator).to(DEVICE, case.dtype)
-    alpha = inputs.alpha_logit if branch == "both" else None
-    scale = options.pop("scale", case.head_dim**-0.5)
-    smooth_k, phi_input = options.get("smooth_k", True), options.get("phi_input", "smoothed")
-    out, lse, out_sparse = ops.attn_fwd(
-        *inputs.qkv, lut, counts, alpha, scale, case.quant, branch, smooth_k, phi_input,
-        case.layout, True,
-    )  # fmt: skip
-    return Problem(
-        case, branch, grad_out, *inputs.qkv, out if branch == "sparse" else out_sparse, lse, dense,
-        lut, counts, alpha, scale, **options,
-    )  # fmt: skip
-
-
-def check(problem: Problem) -> None:
-    got, exact = problem.run(), problem.exact()
-    for name, a, b, c in zip(NAMES, got, exact, problem.yardsticks(exact), strict=False):
-        if name == "dalpha" and bool(b.any()):
-            # Sums of thousands of products, and a handful of them: the largest error of as many is
-            # no measure.
-            assert rel_l2(a, b) <= BACKWARD_REL_L2 / 2
-        elif bool(b.any()):
-            check_backward(a, b, c, name=name)
-        else:  # with one key dP - delta is zero, but for the order of two float32 sums
-            products = (problem.grad_out * problem.v).float().abs().sum(-1).max().item()
-            factor = max(x.float().abs().max().item() for x in (problem.q, problem.k))
-            rounding = problem.case.head_dim * 2.0**-24 * products
-            assert max_err(a, b) <= rounding * factor * problem.scale, name
-    assert all(map(same_bits, got, problem.run()))
+    return grad_problem.make_problem(case, branch, inputs, block_map, grad_out, **options)
 
 
 # ---- numbers ------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Random shapes, strides, maps and options against the reference (T15).
+"""Random shapes, strides, maps and options against the reference, forward and backward (T15).
 
 SLA2_FUZZ_EXAMPLES=500 (5000 before a release) runs more than the default 50. The choice is the same
 every time; a case that ever failed is kept as an @example.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import grad_problem
 import torch
 from cases import ALPHA_SHAPES, LAYOUTS, PROJ_SHAPES, QUANTS, Case, Inputs, make_inputs
 from gpu_tools import DEVICE, GPU, Problem, check_parts, run_parts, same_bits, settled_keys
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import sla2
 from sla2 import ops
+from sla2.constants import BLOCK_K
 
 pytestmark = GPU
 
@@ -42,6 +44,8 @@ PROBLEMS = st.fixed_dictionaries(
         # Larger scales make single P values decide a row, and in e4m3 these may round either way.
         "scale": st.sampled_from((None, 0.02, 0.1)),
         "key_offset": st.sampled_from((0.0, 1.0, 5.0)),
+        "branch": st.sampled_from(grad_problem.BRANCHES),  # whose gradient
+        "grad_strides": st.sampled_from(STRIDES),
         "seed": st.integers(0, 2**20),
     }
 )
@@ -79,11 +83,22 @@ def choose_map(problem: dict[str, Any], case: Case, inputs: Inputs) -> sla2.Bloc
     return sla2.BlockMap.from_dense(dense.to(DEVICE), case.seqlen)
 
 
+def weighs_keys(dense: Tensor, case: Case, branch: str) -> bool:
+    """False where a single key is all that rows of the branch have: its weight is 1, whatever q and
+    k are, and their gradient what rounding leaves of zero."""
+    keys = torch.full((case.num_k_blocks,), BLOCK_K, device=DEVICE)
+    keys[-1] -= case.num_k_blocks * BLOCK_K - case.seqlen
+    listed = (dense * keys).sum(-1)
+    rows = {"sparse": listed, "linear": case.seqlen - listed}
+    rows["both"] = torch.maximum(*rows.values())
+    return int(rows[branch].max()) != 1
+
+
 FIRST = {
     "batch": 2, "seqlen": 65, "num_heads": 3, "head_dim": 64, "dtype": "float16",
     "layout": "BHND", "quant": "int8_fp8", "proj": "head", "alpha": "token", "kept": 1.0,
     "routed": False, "strides": ("odd", "fused", "offset"), "smooth_k": True, "phi_input": "raw",
-    "scale": None, "key_offset": 5.0, "seed": 1,
+    "scale": None, "key_offset": 5.0, "branch": "both", "grad_strides": "odd", "seed": 1,
 }  # fmt: skip
 
 
@@ -129,3 +144,11 @@ def test_random_problems(problem: dict[str, Any]) -> None:
             ops.bnhd(out, case.layout), got.out
         )
         assert same_bits(aux.block_map.lut, block_map.lut)
+    if weighs_keys(block_map.to_dense(), case, problem["branch"]):
+        generator = torch.Generator().manual_seed(problem["seed"] + 1)
+        grad_out = torch.randn(case.shape, generator=generator).to(DEVICE, dtype)
+        grad_out = restride(grad_out, problem["grad_strides"])
+        backward = grad_problem.make_problem(
+            case, problem["branch"], inputs, block_map, grad_out, **options
+        )
+        grad_problem.check(backward, cancelling=True)
