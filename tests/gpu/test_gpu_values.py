@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import grad_problem
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,16 +19,7 @@ from compare import (
     max_err,
     rounding_atol,
 )
-from gpu_tools import (
-    DEVICE,
-    GPU,
-    Parts,
-    Problem,
-    check_parts,
-    run_parts,
-    same_bits,
-    settled_keys,
-)
+from gpu_tools import DEVICE, GPU, Parts, Problem, check_parts, run_parts, same_bits, settled_keys
 from torch import Tensor
 
 import sla2
@@ -76,6 +68,19 @@ def check(
     return got
 
 
+def backward(
+    inputs: Inputs, dense: Tensor, quant: str = "none", branch: str = "both", **options: Any
+) -> grad_problem.Problem:
+    """The gradient of the branch for a random one of its output."""
+    b, n, h, d = inputs.q.shape
+    case = Case(b, n, h, d, dtype=inputs.q.dtype, quant=quant)
+    grad_out = torch.randn(case.shape, generator=torch.Generator().manual_seed(4))
+    return grad_problem.make_problem(
+        case, branch, inputs, sla2.BlockMap.from_dense(dense, n), grad_out.to(DEVICE, case.dtype),
+        **options,
+    )  # fmt: skip
+
+
 # ---- T9: logits ---------------------------------------------------------------------------------
 
 
@@ -92,6 +97,18 @@ def test_saturated_softmax(dtype: torch.dtype, quant: str, head_dim: int) -> Non
     check(inputs, dense, quant)
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("dtype", "quant"), MODES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("branch", grad_problem.BRANCHES)
+def test_gradient_of_saturated_softmax(
+    dtype: torch.dtype, quant: str, head_dim: int, branch: str
+) -> None:
+    inputs, dense = make(dtype, head_dim)
+    inputs.q = inputs.q * (30 if quant == "int8_fp8" else 100)
+    grad_problem.check_extreme(backward(inputs, dense, quant, branch))
+
+
 def test_saturated_softmax_of_large_keys() -> None:
     """Logits of standard deviation 10,000, where float32 has no 1e-3 left for lse.
 
@@ -101,6 +118,15 @@ def test_saturated_softmax_of_large_keys() -> None:
     inputs, dense = make(BF16)
     inputs.q, inputs.k = inputs.q * 100, inputs.k * 100
     check(inputs, dense, "none", lse=False, linear=False)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("branch", grad_problem.BRANCHES)
+def test_gradient_of_large_keys(branch: str) -> None:
+    """Finite and no more, in the sparse branch too: its P sees what float32 has left of a logit."""
+    inputs, dense = make(BF16)
+    inputs.q, inputs.k = inputs.q * 100, inputs.k * 100
+    assert all(bool(x.isfinite().all()) for x in backward(inputs, dense, branch=branch).run())
 
 
 def _zero_queries(x: Inputs) -> None:
@@ -147,6 +173,34 @@ def test_equal_logits(
     check_lse(got.lse, keys.log())
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("dtype", "quant"), MODES, ids=str)
+@pytest.mark.parametrize("edit", FLAT, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize("seqlen", [65, SEQLEN])
+def test_gradient_of_equal_logits(
+    edit: Callable[[Inputs], None], dtype: torch.dtype, quant: str, seqlen: int
+) -> None:
+    """Equal keys have no gradient in q, queries of zero none in k."""
+    inputs, dense = make(dtype, 64, seqlen)
+    ordinary = backward(inputs, dense, quant)
+    inputs, _ = make(dtype, 64, seqlen)
+    edit(inputs)
+    grad_problem.check_extreme(backward(inputs, dense, quant), ordinary)
+
+
+def very_negative(
+    dtype: torch.dtype, quant: str, head_dim: int, seqlen: int
+) -> tuple[Inputs, Tensor, float]:
+    """All listed logits near -200 (-120 in int8_fp8, whose P sees the last bits of a logit), below
+    the -88.7 where exp() ends; N % 128 == 64. With the map and the scale."""
+    inputs, _ = make(dtype, head_dim, seqlen)
+    inputs.q = (8 + 0.1 * inputs.q.float()).to(dtype)
+    inputs.k = settled_keys(-3.5 + 0.1 * inputs.k.float()).to(dtype)  # the second half +3.5
+    dense = torch.zeros(2, 3, -(-seqlen // 128), seqlen // 64, dtype=torch.bool, device=DEVICE)
+    dense[..., : seqlen // 128] = True
+    return inputs, dense, (120 if quant == "int8_fp8" else 200) / (8 * 3.5 * head_dim)
+
+
 @pytest.mark.parametrize(("dtype", "quant"), MODES, ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("seqlen", [192, 320, 448])
@@ -154,16 +208,21 @@ def test_equal_logits(
 def test_very_negative_lse(
     dtype: torch.dtype, quant: str, head_dim: int, seqlen: int, smooth_k: bool
 ) -> None:
-    """All listed logits near -200 (-120 in int8_fp8, whose P sees the last bits of a logit), below
-    the -88.7 where exp() ends; N % 128 == 64."""
-    inputs, _ = make(dtype, head_dim, seqlen)
-    inputs.q = (8 + 0.1 * inputs.q.float()).to(dtype)
-    inputs.k = settled_keys(-3.5 + 0.1 * inputs.k.float()).to(dtype)  # the second half +3.5
-    dense = torch.zeros(2, 3, -(-seqlen // 128), seqlen // 64, dtype=torch.bool, device=DEVICE)
-    dense[..., : seqlen // 128] = True
-    scale = (120 if quant == "int8_fp8" else 200) / (8 * 3.5 * head_dim)
+    inputs, dense, scale = very_negative(dtype, quant, head_dim, seqlen)
     got = check(inputs, dense, quant, smooth_k=smooth_k, scale=scale)
     assert got.lse is not None and got.lse.max().item() < -88.7
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize(("dtype", "quant"), MODES, ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("seqlen", [192, 448])
+@pytest.mark.parametrize("branch", grad_problem.BRANCHES)
+def test_gradient_of_very_negative_lse(
+    dtype: torch.dtype, quant: str, head_dim: int, seqlen: int, branch: str
+) -> None:
+    inputs, dense, scale = very_negative(dtype, quant, head_dim, seqlen)
+    grad_problem.check_extreme(backward(inputs, dense, quant, branch, scale=scale))
 
 
 # ---- T9: values ---------------------------------------------------------------------------------
@@ -243,18 +302,22 @@ def test_denormal_values(quant: str) -> None:
         assert x is not None and bool(x.isfinite().all())
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("logit", [60.0, 80.0, 200.0])
-def test_one_hot_features(head_dim: int, logit: float) -> None:
-    """phi(Q) and phi(K) on different features: phi(Q) Z is e^-logit or underflows to zero.
-
-    Above e^-69, the 1e-30 that bounds the denominator, O_l is the weighted mean of V it should be;
-    below, it fades out, and must stay within V's range.
-    """
+def one_hot(head_dim: int, logit: float) -> tuple[Inputs, Tensor]:
+    """phi(Q) and phi(K) on different features: phi(Q) Z is e^-logit or underflows to zero."""
     inputs, dense = make(BF16, head_dim)
     inputs.q, inputs.k = inputs.q * 0.5, inputs.k * 0.5
     inputs.q[..., 0] = logit
     inputs.k[..., 1] = logit
+    return inputs, dense
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("logit", [60.0, 80.0, 200.0])
+def test_one_hot_features(head_dim: int, logit: float) -> None:
+    """Above e^-69, the 1e-30 that bounds the denominator, O_l is the weighted mean of V it should
+    be; below, it fades out, and must stay within V's range.
+    """
+    inputs, dense = one_hot(head_dim, logit)
     if logit == 60.0:
         check(inputs, dense, "none", smooth_k=False)
     got = attend(inputs, dense, "none", smooth_k=False)
@@ -266,6 +329,18 @@ def test_one_hot_features(head_dim: int, logit: float) -> None:
     alpha = alpha_per_token(inputs.alpha_logit, 3, SEQLEN, 128, torch.float32).T[..., None]
     blend = alpha * got.o_s.float() + (1 - alpha) * got.o_l.float()
     assert max_err(got.out, blend) <= rounding_atol(blend, BF16)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("logit", [60.0, 80.0, 200.0])
+@pytest.mark.parametrize("branch", ["both", "linear"])
+def test_gradient_of_one_hot_features(head_dim: int, logit: float, branch: str) -> None:
+    """The reference's where O_l is the weighted mean; finite where it fades out."""
+    problem = backward(*one_hot(head_dim, logit), branch=branch, smooth_k=False)
+    assert all(bool(x.isfinite().all()) for x in problem.run())
+    if logit == 60.0:
+        grad_problem.check_extreme(problem)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
