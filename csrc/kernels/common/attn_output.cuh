@@ -121,7 +121,7 @@ struct BlendFactors {
         // Floors: a saturated alpha leaves f positive (its share of the output is below one float32
         // ulp), and an empty complement has H = 0, where 0 / 0 must give 0.
         const float rest = max_nan(1.f - alpha, 5.9604645e-8f);
-        const float total = max_nan(denominator[m][half], 1.17549435e-38f);
+        const float total = max_nan(denominator[m][half], kMinDenominator);
         f[m][half] = rest * reciprocal_approx(total);
         alpha_over_f[m][half] = alpha * total * reciprocal_approx(rest);
       }

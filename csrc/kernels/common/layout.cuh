@@ -12,6 +12,8 @@ constexpr int kBlockQ = 128;
 constexpr int kBlockK = 64;
 // Keeps 127 / amax and 448 / amax finite for all-zero blocks and channels.
 constexpr float kQuantEps = 1e-30f;
+// Of phi(Q) Z: gradients hold its inverse, which float32 must be able to sum.
+constexpr float kMinDenominator = 1e-30f;
 constexpr float kInt8Max = 127.f;
 constexpr float kE4m3Max = 448.f;
 // NaN is listed too, so that it shows in every result.

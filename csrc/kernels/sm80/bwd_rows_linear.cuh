@@ -62,7 +62,7 @@ __device__ __forceinline__ void linear_queries(float (&acc)[C::kTilesM][C::kTile
   for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float total = max_nan(lane_sum<4>(denominator[m][half]), 1.17549435e-38f);
+      const float total = max_nan(lane_sum<4>(denominator[m][half]), kMinDenominator);
       const float inverse = reciprocal_approx(total);
       weight[m][half] = state.rest[m][half] * inverse;
       dot[m][half] = lane_sum<4>(dot[m][half]) * inverse;

@@ -67,7 +67,7 @@ __device__ __forceinline__ void linear_dots(float (&acc)[C::kTilesD][4], float (
   __syncwarp();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    weight[half] = reciprocal_approx(max_nan(lane_sum<4>(denominator[half]), 1.17549435e-38f));
+    weight[half] = reciprocal_approx(max_nan(lane_sum<4>(denominator[half]), kMinDenominator));
     dot[half] = 0.f;
   }
   wgmma_wait<0>();
