@@ -38,6 +38,22 @@ def in_use(path: str, quant: str, num_kv_blocks: int, *, routed: bool) -> str:
     return device_tools.path_in_use(GPU_0, path, quant, num_kv_blocks, routed=routed)
 
 
+def test_a_path_is_the_gradients_too() -> None:
+    """autograd's threads do not know what this one has chosen; the calling thread computes."""
+    threads = torch._C._is_multithreading_enabled
+    assert threads()
+    for device, path, forced in (
+        (GPU_0, "portable", True),
+        (GPU_0, "auto", False),
+        (CPU, "sm90", False),
+    ):
+        before = ops.current_path()
+        with device_tools.use_path(device, path):
+            assert threads() != forced
+            assert ops.current_path() == (path if forced else before)
+        assert threads() and ops.current_path() == before
+
+
 @pytest.mark.parametrize(
     ("quant", "num_kv_blocks", "whole", "attention"),
     [

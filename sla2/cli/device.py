@@ -6,7 +6,8 @@ import datetime
 import platform
 import shutil
 import subprocess
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,17 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def use_path(device: torch.device, path: str) -> AbstractContextManager[None]:
-    """Forces the kernels of that path inside the block; on a CPU there is nothing to choose."""
+@contextmanager
+def use_path(device: torch.device, path: str) -> Iterator[None]:
+    """Forces the kernels of that path inside the block; on a CPU there is nothing to choose.
+
+    Gradients are then computed on the calling thread: autograd's own threads would choose anew.
+    """
     if device.type == "cpu" or path == "auto":
-        return nullcontext()
-    return ops.kernel_path(path)
+        yield
+        return
+    with torch.autograd.set_multithreading_enabled(False), ops.kernel_path(path):
+        yield
 
 
 def path_in_use(
