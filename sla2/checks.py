@@ -9,7 +9,7 @@ ignored safely by the kernels otherwise; `BlockMap.validate()` reports them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -411,3 +411,27 @@ def check_lists(lut: Tensor, counts: Tensor, seqlen: int) -> None:
         raise ValueError(
             f"lut and counts must be on one device; got {lut.device} and {counts.device}"
         )
+
+
+def check_layer_options(
+    options: Mapping[str, Any] | None,
+    parameters: Iterable[str],
+    own: Collection[str],
+    function: str,
+) -> dict[str, Any]:
+    """Further arguments of a layer with these parameters, but those that `function` sets itself.
+
+    Names alone; the values are checked by the layer. Raises TypeError.
+    """
+    if options is None:
+        return {}
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f"layer_options must be a mapping such as {{'per_head_router': True}}; got {options!r}"
+        )
+    allowed = [name for name in parameters if name not in own]
+    for name in options:
+        if name not in allowed:
+            what = f"which {function} sets itself" if name in own else "which is no option"
+            raise TypeError(f"layer_options has {name!r}, {what}: allowed are {', '.join(allowed)}")
+    return dict(options)

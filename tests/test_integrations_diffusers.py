@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,17 @@ def test_a_checkpoint_with_sla2_is_not_lost_silently(
     assert torch.equal(run(loaded, inputs), expected)
     sla2.apply(loaded, topk=TOPK, grid=GRID, router="new", force=True)
     assert not any(bool(x.any()) for x in routers(loaded).values())
+
+
+def test_a_checkpoint_with_nan_is_refused(tmp_path: Path) -> None:
+    model = applied(FAMILIES["wan"])
+    name = next(name for name in routers(model) if name.endswith("alpha_offset"))
+    with torch.no_grad():
+        model.state_dict()[name].view(-1)[0] = torch.nan
+    loaded = save_and_load(model, tmp_path)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} holds NaN or infinity"):
+        sla2.apply(loaded, topk=TOPK, grid=GRID, router=tmp_path)
+    assert not routers(loaded)
 
 
 def test_a_checkpoint_in_a_subfolder(tmp_path: Path) -> None:

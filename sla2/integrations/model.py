@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,11 +17,13 @@ from ..checks import (
     Shape,
     check_choice,
     check_grid,
+    check_layer_options,
     check_quant,
     num_tokens,
     resolve_num_kv_blocks,
 )
 from ..env import why_not
+from ..module import SLA2Attention
 from .adapter import Adapter, find_adapter
 from .pretrained import load_parameters, reject_dropped_parameters
 from .processor import MISMATCHES, Dispatch, GridAttention, SLA2Processor
@@ -28,6 +31,11 @@ from .report import ApplyReport
 
 # Where a model holds its Dispatch: an attribute, which a deep copy takes along.
 _ATTRIBUTE = "_sla2_dispatch"
+# What `apply` knows of a layer by itself, or has an argument for.
+_OWN_OPTIONS = (
+    *("num_heads", "head_dim", "seq_len", "grid", "layout", "device"),
+    *("topk", "quant"),
+)
 
 
 def apply(
@@ -62,7 +70,8 @@ def apply(
         min_tokens: calls with fewer tokens run dense attention, whatever their grid; logged once.
         on_mismatch: what a call with another grid does: "error", "dense" (dense attention), or
             "interpolate" (alpha, which belongs to the grid, is interpolated linearly).
-        layer_options: further arguments of `SLA2Attention`, such as {"per_head_router": True}.
+        layer_options: further arguments of `SLA2Attention`, such as {"per_head_router": True}, but
+            those that follow from the model and from the arguments here.
         router: parameters to start with: a file of `sla2.save_router`, or a checkpoint (folder or
             safetensors file) that was saved with SLA2 in the model, without settings to compare.
             None: an untrained router; where the model came from such a checkpoint, that is an
@@ -90,6 +99,8 @@ def apply(
         remove(model)
     check_quant(quant)
     check_choice("on_mismatch", on_mismatch, MISMATCHES)
+    parameters = inspect.signature(SLA2Attention).parameters
+    options = check_layer_options(layer_options, parameters, _OWN_OPTIONS, "apply")
     if isinstance(min_tokens, bool) or not isinstance(min_tokens, int):
         raise TypeError(f"min_tokens must be an int; got {min_tokens!r}")
     tokens_grid = _resolve_grid(adapter, model, grid, (num_frames, height, width))
@@ -106,7 +117,7 @@ def apply(
         reject_dropped_parameters(model)
 
     dispatch = Dispatch(adapter, tokens_grid, min_tokens, on_mismatch)
-    options = {**(layer_options or {}), "topk": topk, "quant": quant}
+    options |= {"topk": topk, "quant": quant}
     processors = {name: _make_processor(name, layers[name], dispatch, options) for name in replaced}
     skipped = [
         name

@@ -68,6 +68,8 @@ def load_parameters(
                     f"{path}: {name}{_MARK}{key} {shape}; this model needs "
                     f"{tuple(parameter.shape)}, for {layer.num_heads} heads and N={layer.seq_len}"
                 )
+            if not stored.isfinite().all():
+                raise ValueError(f"{path}: {name}{_MARK}{key} holds NaN or infinity")
     with torch.no_grad():
         for name, layer in layers.items():
             for key in _PARAMETERS:

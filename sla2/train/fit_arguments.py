@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..module import SLA2Attention
 
 # What a fit knows of a layer by itself: from the samples, from its own topk and device.
@@ -36,23 +37,16 @@ def check_layer_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
     Names and types alone; the ranges are checked by the layers. Raises TypeError.
     """
-    if options is None:
-        return {}
-    if not isinstance(options, Mapping):
-        raise TypeError(
-            f"layer_options must be a mapping such as {{'per_head_router': True}}; got {options!r}"
-        )
-    allowed = [name for name in inspect.signature(SLA2Attention).parameters if name not in _OWN]
-    for name, value in options.items():
-        if name not in allowed:
-            what = "which fit_router sets itself" if name in _OWN else "which is no option"
-            raise TypeError(f"layer_options has {name!r}, {what}: allowed are {', '.join(allowed)}")
+    checked = checks.check_layer_options(
+        options, inspect.signature(SLA2Attention).parameters, _OWN, "fit_router"
+    )
+    for name, value in checked.items():
         if not isinstance(value, _PLAIN):
             raise TypeError(
                 f"layer_options has {value!r} for {name!r}, a {type(value).__name__}: a bool, int, "
                 "float or str is allowed, for the settings are written to a file"
             )
-    return dict(options)
+    return checked
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
