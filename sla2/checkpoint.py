@@ -84,7 +84,7 @@ def save_router(model: nn.Module, path: str | os.PathLike[str]) -> None:
         _check_parameters(name, layer)
         for key in _PARAMETERS:
             tensors[_join(name, key)] = values = _gather(getattr(layer, key))
-            if bad := _what_is_not_finite(values):
+            if bad := what_is_not_finite(values):
                 raise ValueError(f"{key} of {_called(name)} {bad}; nothing was written to {path}")
     header = {
         "version": _FORMAT_VERSION,
@@ -227,7 +227,7 @@ def _check_parameters(name: str, layer: SLA2Attention) -> None:
             )
 
 
-def _what_is_not_finite(values: Tensor) -> str | None:
+def what_is_not_finite(values: Tensor) -> str | None:
     """In words; None where all are finite."""
     bad = values.numel() - int(values.isfinite().sum())
     return f"has NaN or infinity in {bad} of its {values.numel()} values" if bad else None
@@ -306,7 +306,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Settings], dict[str, 
                     f"{path} is damaged: {key} of {_called(name)} is {x.dtype} of shape "
                     f"{tuple(x.shape)}; its settings need torch.float32 of {shape}"
                 )
-            if bad := _what_is_not_finite(x):
+            if bad := what_is_not_finite(x):
                 raise ValueError(f"{path}: {key} of {_called(name)} {bad}; nothing was loaded")
     return settings, tensors
 

@@ -32,10 +32,7 @@ from .report import ApplyReport
 # Where a model holds its Dispatch: an attribute, which a deep copy takes along.
 _ATTRIBUTE = "_sla2_dispatch"
 # What `apply` knows of a layer by itself, or has an argument for.
-_OWN_OPTIONS = (
-    *("num_heads", "head_dim", "seq_len", "grid", "layout", "device"),
-    *("topk", "quant"),
-)
+_OWN_OPTIONS = ("num_heads", "head_dim", "seq_len", "grid", "layout", "device", "topk", "quant")
 
 
 def apply(

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..checkpoint import _METADATA_KEY, load_router
+from ..checkpoint import _METADATA_KEY, load_router, what_is_not_finite
 from ..module import SLA2Attention
 
 _MARK = ".processor.sla2."
@@ -68,8 +68,8 @@ def load_parameters(
                     f"{path}: {name}{_MARK}{key} {shape}; this model needs "
                     f"{tuple(parameter.shape)}, for {layer.num_heads} heads and N={layer.seq_len}"
                 )
-            if not stored.isfinite().all():
-                raise ValueError(f"{path}: {name}{_MARK}{key} holds NaN or infinity")
+            if bad := what_is_not_finite(stored):
+                raise ValueError(f"{path}: {name}{_MARK}{key} {bad}")
     with torch.no_grad():
         for name, layer in layers.items():
             for key in _PARAMETERS:

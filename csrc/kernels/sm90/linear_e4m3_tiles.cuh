@@ -25,7 +25,7 @@ __device__ __forceinline__ E4m3Tile e4m3_tile(const LinearArgs& args, int ticket
 // Steps of a tile come in rounds, one for each mask buffer; what lies beyond T_n is zero.
 constexpr int kRoundSteps = 4;
 // How many the products may sum on their own, 512 key blocks: see `keep`. Longer sequences have
-// tiles of one width, of which the sums that are kept besides leave room.
+// tiles of one width, the widest that leaves registers for the sums that are kept.
 constexpr int kSumRounds = 2;
 constexpr int kLongTileRows = 120;
 static_assert(kWordSteps % kRoundSteps == 0, "a head's last state counts for the rest of its word");
@@ -245,7 +245,7 @@ struct E4m3ComplementWorker {
     x += sum.x;
     y += sum.y;
   }
-  // Where this thread keeps pair i of `low`: what O leaves through is free between two tiles' ends.
+  // Where this thread keeps pair i of `low`: what H leaves through is free between two tiles' ends.
   __device__ __forceinline__ uint32_t& kept_low(int i) const {
     return reinterpret_cast<uint32_t*>(smem.out[group])[i * kWarpgroup + threadIdx.x % kWarpgroup];
   }
