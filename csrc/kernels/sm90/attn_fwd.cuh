@@ -2,9 +2,11 @@
 // attn_rows.cu has the 16-bit form.
 //
 // One CTA: 128 query rows of one head, a warpgroup for each half; both share every key block. A
-// warpgroup takes the softmax of S(j), then O += P V(j), then S(j+1) = Q K^T, one after the other:
-// two CTAs, four warpgroups on an SM, fill each other's waits. Holding P or a second S while a
-// product runs does not fit 128 registers. The warps take turns in filling the ring.
+// warpgroup makes P of half of a block's keys, issues O += P V over them and makes P of the other
+// half meanwhile; then it issues O += P V over that together with S = Q K^T of the next block. Two
+// CTAs, four warpgroups on an SM, fill what waits are left. More in flight does not fit: of the 128
+// registers ptxas wants 26 beside the accumulators and A operands of products in flight, here
+// 64 + 32 + 4, or it serialises all products. The warps take turns in filling the ring.
 #pragma once
 
 #include "../common/attn_output.cuh"
@@ -31,15 +33,12 @@ __device__ __forceinline__ void issue_scores(typename C::Score (&s)[32], uint32_
   }
 }
 
-// O += P V: issue only.
+// O += P V over the keys of k step `k`: issue only.
 template <class C>
-__device__ __forceinline__ void issue_values(float (&acc)[C::kTilesD][4],
-                                             const uint32_t (&p)[C::kRegistersP][4],
-                                             uint32_t v_tile) {
+__device__ __forceinline__ void issue_values(float (&acc)[C::kTilesD][4], const uint32_t (&p)[4],
+                                             uint32_t v_tile, int k) {
   auto& flat = reinterpret_cast<float (&)[C::kTilesD * 4]>(acc);
-  const uint64_t v = wgmma_descriptor(v_tile, 0, 512, Swizzle::k64);
-#pragma unroll
-  for (int k = 0; k < C::kRegistersP; ++k) wgmma_e4m3(flat, p[k], advance(v, 32 * k), 1);
+  wgmma_e4m3(flat, p, advance(wgmma_descriptor(v_tile, 0, 512, Swizzle::k64), 32 * k), 1);
 }
 
 template <typename Element, int kHeadDim>
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim>::kThreads, 2
     static_assert(C::kStages <= C::kWarps, "one entry a warp");
     if (elect_one()) {
       const int entry = threadIdx.x / 32;
-      if (entry < C::kStages) producer.load(maps, smem, entry);
+      if (entry < C::kStages) producer.load(maps, smem, entry, entry, 0);
     }
     __syncwarp();
     mbarrier_wait(base + C::kFullQ, 0);
@@ -109,77 +108,90 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim>::kThreads, 2
   OnlineSoftmax<C::kTilesM> softmax;
   softmax.init();
   float acc[C::kTilesM][C::kTilesD][4] = {};
-  // Slots and parities follow from the entry's number: entry e of the ring is block e of the list,
-  // or part e - count of H.
-  auto wait_entry = [&](int entry) {
-    mbarrier_wait(base + C::kFull + entry % C::kStages * 8, entry / C::kStages & 1);
-  };
-  auto key_tile = [&](int entry) { return base + C::kKeys + entry % C::kStages * C::kStageBytes; };
   if (count > 0) {
-    // The warpgroup's rows of Q; a shuffle tells the compiler that warps agree.
-    const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
-    const uint32_t q_tile = base + C::kQuery8 + group * 64 * C::kQueryRowBytes;
+    // Shuffles tell the compiler that warps agree.
+    const uint32_t ring = __shfl_sync(0xffffffffu, base, 0);
+    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    const uint32_t q_tile = ring + C::kQuery8 + warp / 4 * 64 * C::kQueryRowBytes;
     Score s[32];
-    uint32_t weights[C::kRegistersP][4];
     float (&row_max)[2] = softmax.row_max[0];
     float (&row_sum)[2] = softmax.row_sum[0];
     float block_scale = score_scale;
-    auto release = [&](int entry) {
-      if (lane == 0) mbarrier_arrive(base + C::kEmpty + entry % C::kStages * 8);
-    };
-    auto value_tile = [&](int entry) { return key_tile(entry) + C::kKeyBytes; };
-    // The scale of a block's scores; the floor keeps -inf * scale from being NaN in all-zero
-    // blocks.
-    auto read_scale = [&](int entry) {
-      const float k_scale = reinterpret_cast<const float*>(smem + C::kScales)[entry % C::kStages];
+    const auto key_tile = [&](int slot) { return ring + C::kKeys + slot * C::kStageBytes; };
+    const auto value_tile = [&](int slot) { return key_tile(slot) + C::kKeyBytes; };
+    // Waits for a slot's record. The floor of its scores' scale keeps -inf * scale from being NaN
+    // in all-zero blocks.
+    const auto wait_record = [&](int round, int slot) {
+      mbarrier_wait(ring + C::kFull + slot * 8, round & 1);
+      const float k_scale = reinterpret_cast<const float*>(smem + C::kScales)[slot];
       block_scale = cut_scale(max_nan(score_scale * k_scale, 1e-37f));
     };
-    // Fill again what the block before has left. The warps take turns: refills of one warp alone
-    // would hold up its warpgroup in every step.
-    auto refill = [&](int entry) {
-      // A copy: what only one thread does with the number keeps it out of the uniform registers.
-      const int left = detached(entry) - 1;
-      if (left >= 0 && static_cast<int>(threadIdx.x) / 32 == left % C::kWarps) {
-        if (elect_one()) producer.load(maps, smem, left + C::kStages);
-      }
-    };
-    auto rescale = [&](int half, float factor) {
+    const auto rescale = [&](int half, float factor) {
 #pragma unroll
       for (int d = 0; d < C::kTilesD; ++d) {
         acc[0][d][2 * half] *= factor;
         acc[0][d][2 * half + 1] *= factor;
       }
     };
+    static_assert(C::kRegistersP == 2, "a step has two halves");
+    float x[4][4];
+
+    // From S of a block to S of the next. The block is in slot `slot`, known to the compiler.
+    int round = 0;
+    const auto step = [&](auto slot) {
+      constexpr int kSlot = decltype(slot)::value, kNext = (kSlot + 1) % C::kStages;
+      uint32_t weights[4];
+      update_max<C, false>(s, kBlockK, block_scale, row_max, row_sum, rescale);
+      exponentiate_step<C, false>(s, 0, kBlockK, block_scale, shift, row_max, row_sum, x);
+      pack_step<C>(x, weights);
+      wgmma_fence();
+      issue_values<C>(acc[0], weights, value_tile(kSlot), 0);
+      wgmma_commit();
+      exponentiate_step<C, false>(s, 1, kBlockK, block_scale, shift, row_max, row_sum, x);
+      // This wait also ends the basic block: ptxas would move exponentials behind the next one.
+      wait_record(round + (kNext == 0), kNext);
+      wgmma_wait<0>();
+      pack_step<C>(x, weights);
+      wgmma_fence();
+      issue_values<C>(acc[0], weights, value_tile(kSlot), 1);
+      issue_scores<C>(s, q_tile, key_tile(kNext));
+      wgmma_commit();
+      // In the shadow of the products the block before gives its slot to the one that is kStages
+      // further on. The warps take turns: refills by one alone would hold up its warpgroup in every
+      // step.
+      constexpr int kLeft = (kSlot + C::kStages - 1) % C::kStages;
+      const int refill = round + (kSlot > 0);  // the round of that block
+      if (refill > 0 && warp == kLeft + C::kStages * (refill + 1 & 1)) {
+        const int entry = detached(round) * C::kStages + kSlot + C::kStages - 1;
+        if (elect_one()) producer.load(maps, smem, entry, kLeft, refill);
+      }
+      wgmma_wait<0>();
+      if (lane == 0) mbarrier_arrive(ring + C::kEmpty + kSlot * 8);
+    };
+
     pin(reinterpret_cast<float (&)[C::kTilesD * 4]>(acc[0]));
-    wait_entry(0);
-    read_scale(0);
+    wait_record(0, 0);
     wgmma_fence();
     issue_scores<C>(s, q_tile, key_tile(0));
     wgmma_commit();
     wgmma_wait<0>();
-
+    static_assert(C::kStages == 4 && C::kWarps == 2 * C::kStages, "rounds of four steps");
 #pragma unroll 1
-    for (int entry = 0; entry + 1 < count; ++entry) {
-      if (entry > 0) release(entry - 1);
-      update_max<C, false>(s, kBlockK, block_scale, row_max, row_sum, rescale);
-      exponentiate<C, false>(s, kBlockK, block_scale, shift, row_max, row_sum, weights);
-      // This wait also ends the basic block: ptxas would move exponentials behind the products.
-      wait_entry(entry + 1);
-      read_scale(entry + 1);
-      wgmma_fence();
-      issue_values<C>(acc[0], weights, value_tile(entry));
-      wgmma_commit();
-      refill(entry);  // in the shadow of the product
-      wgmma_wait<0>();
-      wgmma_fence();
-      issue_scores<C>(s, q_tile, key_tile(entry + 1));
-      wgmma_commit();
-      wgmma_wait<0>();
+    for (int left = count - 1;; left -= C::kStages, ++round) {
+      if (left <= 0) break;
+      step(std::integral_constant<int, 0>());
+      if (left <= 1) break;
+      step(std::integral_constant<int, 1>());
+      if (left <= 2) break;
+      step(std::integral_constant<int, 2>());
+      if (left <= 3) break;
+      step(std::integral_constant<int, 3>());
     }
 
     // The last block: the only one that may be short, as lists ascend.
     const int valid = p.shape.seqlen - listed_block<C>(smem, count - 1) * kBlockK;
-    auto weigh_last = [&](auto masked) {
+    uint32_t weights[C::kRegistersP][4];
+    const auto weigh_last = [&](auto masked) {
       constexpr bool kMask = decltype(masked)::value;
       update_max<C, kMask>(s, valid, block_scale, row_max, row_sum, rescale);
       exponentiate<C, kMask>(s, valid, block_scale, shift, row_max, row_sum, weights);
@@ -189,8 +201,10 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim>::kThreads, 2
     } else {
       weigh_last(std::false_type{});
     }
+    const uint32_t last_values = value_tile((count - 1) % C::kStages);
     wgmma_fence();
-    issue_values<C>(acc[0], weights, value_tile(count - 1));
+    issue_values<C>(acc[0], weights[0], last_values, 0);
+    issue_values<C>(acc[0], weights[1], last_values, 1);
     wgmma_commit();
     wgmma_wait<0>();
   }
@@ -237,12 +251,15 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim>::kThreads, 2
   // Linear branch: acc += e H
   if (linear) {
 #pragma unroll
-    for (int part = 0; part < C::kPartsH; ++part) wait_entry(count + part);
+    for (int part = 0; part < C::kPartsH; ++part) {
+      const int entry = count + part;
+      mbarrier_wait(base + C::kFull + entry % C::kStages * 8, entry / C::kStages & 1);
+    }
     wgmma_fence();
 #pragma unroll
     for (int part = 0; part < C::kPartsH; ++part) {
-      const uint64_t h =
-          wgmma_descriptor(key_tile(count + part), C::kRowsH * 128, 1024, Swizzle::k128);
+      const uint32_t tile = base + C::kKeys + (count + part) % C::kStages * C::kStageBytes;
+      const uint64_t h = wgmma_descriptor(tile, C::kRowsH * 128, 1024, Swizzle::k128);
 #pragma unroll
       for (int step = 0; step < C::kRowsH / 16; ++step) {
         uint32_t a[4];

@@ -86,14 +86,14 @@ struct Producer {
 
   __device__ __forceinline__ bool linear() const { return entries > count; }
 
-  __device__ __forceinline__ void load(const AttnMaps& maps, char* smem, int entry) const {
+  // entry = kStages * round + slot. What all warps know of it, the caller has in uniform registers,
+  // the slot as a constant.
+  __device__ __forceinline__ void load(const AttnMaps& maps, char* smem, int entry, int slot,
+                                       int round) const {
     if (entry >= entries) return;
-    const int slot = entry % C::kStages;
     const uint32_t base = smem_address(smem), full = base + C::kFull + slot * 8;
     const uint32_t tile = base + C::kKeys + slot * C::kStageBytes;
-    if (entry >= C::kStages) {
-      mbarrier_wait(base + C::kEmpty + slot * 8, entry / C::kStages + 1 & 1);
-    }
+    if (round > 0) mbarrier_wait(base + C::kEmpty + slot * 8, round + 1 & 1);
     mbarrier_expect(full, C::kStageBytes);
     if (entry >= count) {
 #pragma unroll

@@ -61,39 +61,55 @@ __device__ __forceinline__ void update_max(const typename C::Score (&s)[32], int
   }
 }
 
-// p = 2^(shift + s * scale_log2 - row_max) as the A operands of P V, summed into row_sum.
+// x = 2^(shift + s * scale_log2 - row_max) of the keys that k step `k` of P V takes, summed into
+// row_sum.
+template <class C, bool kMask>
+__device__ __forceinline__ void exponentiate_step(const typename C::Score (&s)[32], int k,
+                                                  int valid, float scale_log2, float shift,
+                                                  const float (&row_max)[2], float (&row_sum)[2],
+                                                  float (&x)[8 / C::kRegistersP][4]) {
+  const float offset[2] = {shift - row_max[0], shift - row_max[1]};
+  constexpr int kTiles = 8 / C::kRegistersP;  // n8 tiles
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const auto raw = masked_score<C, kMask>(s, 4 * (k * kTiles + n) + e, valid);
+      float value = static_cast<float>(raw);
+      if constexpr (kMask && C::kInt8) value = raw == INT_MIN ? -INFINITY : value;
+      x[n][e] = exp2_approx(fmaf(value, scale_log2, offset[e / 2]));
+      row_sum[e / 2] += x[n][e];
+    }
+  }
+}
+
+// x as the A operand of its k step.
+template <class C>
+__device__ __forceinline__ void pack_step(const float (&x)[8 / C::kRegistersP][4],
+                                          uint32_t (&p)[4]) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    if constexpr (C::kInt8) {
+      const auto &left = x[r / 2 * 2], &right = x[r / 2 * 2 + 1];
+      p[r] =
+          pack_e4m3x4(left[r % 2 * 2], left[r % 2 * 2 + 1], right[r % 2 * 2], right[r % 2 * 2 + 1]);
+    } else {
+      p[r] = Pair<typename C::Element>::from_floats(x[r / 2][r % 2 * 2], x[r / 2][r % 2 * 2 + 1]);
+    }
+  }
+}
+
+// A tile's scores to the A operands of P V.
 template <class C, bool kMask>
 __device__ __forceinline__ void exponentiate(const typename C::Score (&s)[32], int valid,
                                              float scale_log2, float shift,
                                              const float (&row_max)[2], float (&row_sum)[2],
                                              uint32_t (&p)[C::kRegistersP][4]) {
-  const float offset[2] = {shift - row_max[0], shift - row_max[1]};
-  constexpr int kTiles = 8 / C::kRegistersP;  // n8 tiles that one k step of P V takes
 #pragma unroll
   for (int k = 0; k < C::kRegistersP; ++k) {
-    float x[kTiles][4];
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const auto raw = masked_score<C, kMask>(s, 4 * (k * kTiles + n) + e, valid);
-        float value = static_cast<float>(raw);
-        if constexpr (kMask && C::kInt8) value = raw == INT_MIN ? -INFINITY : value;
-        x[n][e] = exp2_approx(fmaf(value, scale_log2, offset[e / 2]));
-        row_sum[e / 2] += x[n][e];
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      if constexpr (C::kInt8) {
-        const auto &left = x[r / 2 * 2], &right = x[r / 2 * 2 + 1];
-        p[k][r] = pack_e4m3x4(left[r % 2 * 2], left[r % 2 * 2 + 1], right[r % 2 * 2],
-                              right[r % 2 * 2 + 1]);
-      } else {
-        p[k][r] =
-            Pair<typename C::Element>::from_floats(x[r / 2][r % 2 * 2], x[r / 2][r % 2 * 2 + 1]);
-      }
-    }
+    float x[8 / C::kRegistersP][4];
+    exponentiate_step<C, kMask>(s, k, valid, scale_log2, shift, row_max, row_sum, x);
+    pack_step<C>(x, p[k]);
   }
 }
 

@@ -184,12 +184,15 @@ struct StateWorker {
 
   // Softmax over the features of this lane's row, rounded to bf16; zero past the end.
   __device__ __forceinline__ static void softmax(float (&x)[kPanels][kColumns], bool valid) {
-    float row_max = x[0][0];
+    float largest[4];  // chains side by side: one alone would wait for every step
 #pragma unroll
     for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) row_max = max_nan(row_max, x[panel][c]);
+      for (int c = 0; c < kColumns; ++c) {
+        largest[c % 4] = panel == 0 && c < 4 ? x[0][c] : max_nan(largest[c % 4], x[panel][c]);
+      }
     }
+    const float row_max = max_nan(max_nan(largest[0], largest[1]), max_nan(largest[2], largest[3]));
     const float offset = -kLog2e * lane_max<4>(row_max);
     float sum[4] = {};
 #pragma unroll
@@ -209,7 +212,20 @@ struct StateWorker {
     }
   }
 
-  // Keys: less their mean, zero past the end, to the int8 record, and in place to phi.
+  using Row = float[kColumns];  // a lane's part of a row in one panel
+  __device__ __forceinline__ static float (&eight(Row& x, int first))[8] {
+    return reinterpret_cast<float (&)[8]>(x[first]);
+  }
+  __device__ __forceinline__ void load_keys(Stage& stage, int i, int panel, Row& x) const {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      unpack8<Element>(*chunk_of(stage.key[panel], i, c), eight(x, 8 * c));
+    }
+  }
+
+  // Keys: less their mean, zero past the end, to the int8 record, and in place to phi. What is past
+  // the end is not left out before the end, where it costs a selection of 8 words instead of 32
+  // values: it has come as zeros.
   __device__ __forceinline__ void keys(Stage& stage) const {
     const int tokens = min(kBlockK, args.p.shape.seqlen - task.block * kBlockK);
     float factor = 0.f;
@@ -221,36 +237,30 @@ struct StateWorker {
       float x[kPanels][kColumns];
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
-        const uint4 bits[2] = {*chunk_of(stage.key[panel], i, 0),
-                               *chunk_of(stage.key[panel], i, 1)};
+        load_keys(stage, i, panel, x[panel]);
         const float* mean = smem.k_mean[stage_index] + panel * kPanel + column0;
-        uint2 words[2];
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float y[8];
-          unpack8<Element>(bits[c], y);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const float smooth = valid ? y[j] - mean[8 * c + j] : 0.f;
-            x[panel][8 * c + j] = args.p.phi_raw_k ? y[j] : smooth;
-            y[j] = smooth;
-          }
-          if constexpr (kQuant != SLA2_QUANT_NONE) words[c] = pack_int8x8(y, factor);
-        }
+        for (int c = 0; c < kColumns; ++c) x[panel][c] -= mean[c];
         if constexpr (kQuant != SLA2_QUANT_NONE) {
-          const int offset = swizzle<kHeadDim>(row, (panel * kPanel + column0) / 16);
-          __stcs(reinterpret_cast<uint4*>(record + offset + i * kRowsPerPass * kHeadDim),
-                 make_uint4(words[0].x, words[0].y, words[1].x, words[1].y));
+          const uint2 low = pack_int8x8(eight(x[panel], 0), factor);
+          const uint2 high = pack_int8x8(eight(x[panel], 8), factor);
+          const uint32_t offset =
+              swizzle<kHeadDim>(row, (panel * kPanel + column0) / 16) + i * kRowsPerPass * kHeadDim;
+          __stcs(reinterpret_cast<uint4*>(record + offset),
+                 valid ? make_uint4(low.x, low.y, high.x, high.y) : make_uint4(0, 0, 0, 0));
         }
       }
       if (args.p.state == nullptr) continue;
+      if (args.p.phi_raw_k) {
+#pragma unroll
+        for (int panel = 0; panel < kPanels; ++panel) load_keys(stage, i, panel, x[panel]);
+      }
       softmax(x, valid);
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel) {
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
-          *chunk_of(stage.key[panel], i, c) =
-              pack8<__nv_bfloat16>(reinterpret_cast<const float (&)[8]>(x[panel][8 * c]));
+          *chunk_of(stage.key[panel], i, c) = pack8<__nv_bfloat16>(eight(x[panel], 8 * c));
         }
       }
     }
@@ -262,25 +272,32 @@ struct StateWorker {
   __device__ __forceinline__ void values(const Stage& stage) const {
     int thread = threadIdx.x;
     pin(thread);  // else addresses made of it are held, and spilled, from block to block
-    const int warp = thread / 32 % 4, lane = thread % 32;
+    const int warp = thread / 32 % 4, lane = thread % 32, first = 8 * warp + lane / 4;
     char* record =
         static_cast<char*>(args.p.records) + block_index() * Record::kBytes + Record::kKeyBytes;
-#pragma unroll 2
-    for (int channel0 = warp * 8; channel0 < kHeadDim; channel0 += 32) {
-      const int channel = channel0 + lane / 4;
-      const float inverse = smem.v_inverse[stage_index][channel];
+    // Of channel `first`: chunks of 16 tokens, and halves of a panel, are bits of an offset.
+    // Pinned, or each of the 16 stores would have an address of its own.
+    const uint32_t source = swizzle<128>(lane, warp);
+    uint64_t chunks[kBlockK / 16];
+#pragma unroll
+    for (int chunk = 0; chunk < kBlockK / 16; ++chunk) {
+      chunks[chunk] = reinterpret_cast<uint64_t>(record + swizzle<64>(first, chunk) + lane % 4 * 4);
+      asm("" : "+l"(chunks[chunk]));
+    }
+#pragma unroll
+    for (int channel0 = 0; channel0 < kHeadDim; channel0 += 32) {
+      const float inverse = smem.v_inverse[stage_index][channel0 + first];
       const uint32_t panel = smem_address(stage.value[channel0 / kPanel]);
 #pragma unroll
-      for (int chunk0 = 0; chunk0 < kBlockK / 16; chunk0 += 2) {
+      for (int chunk = 0; chunk < kBlockK / 16; chunk += 2) {
         uint32_t pairs[4];
-        ldmatrix_x4_trans(pairs, panel + swizzle<128>(chunk0 * 16 + lane, channel0 % kPanel / 8));
+        ldmatrix_x4_trans(pairs, panel + (source ^ channel0 % kPanel * 2) + chunk * 16 * 128);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float2 low = Pair<Element>::to_float2(pairs[2 * i]);
           const float2 high = Pair<Element>::to_float2(pairs[2 * i + 1]);
-          __stcs(
-              reinterpret_cast<uint32_t*>(record + swizzle<64>(channel, chunk0 + i) + lane % 4 * 4),
-              pack_e4m3x4(low.x * inverse, low.y * inverse, high.x * inverse, high.y * inverse));
+          __stcs(reinterpret_cast<uint32_t*>(chunks[chunk + i]) + channel0 * 16,
+                 pack_e4m3x4(low.x * inverse, low.y * inverse, high.x * inverse, high.y * inverse));
         }
       }
     }

@@ -8,6 +8,7 @@
 #include "../common/layout.cuh"
 #include "../common/params.h"
 #include "async.cuh"
+#include "launch.h"
 #include "router_select.cuh"
 #include "router_split.cuh"
 #include "wgmma.cuh"
@@ -201,6 +202,8 @@ template <int kHeadDim>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kThreads, 2)
     route_kernel(const __grid_constant__ RouteParams p, const __grid_constant__ RouteSmem s) {
   extern __shared__ __align__(128) char smem[];
+  // In this order: `linear`, which starts then, does not wait for what project has waited for.
+  wait_predecessor();
   trigger_dependents();
   const int num_rows = p.shape.num_q_blocks, num_keys = p.shape.num_k_blocks;
   const int groups = (num_rows + kQueryTile - 1) / kQueryTile, pitch = row_pitch(num_keys);
@@ -268,9 +271,8 @@ cudaError_t launch(const RouteParams& p) {
       route_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, s.bytes);
   if (status != cudaSuccess) return status;
   const int groups = (p.shape.num_q_blocks + kQueryTile - 1) / kQueryTile;
-  const dim3 grid(p.shape.num_bh * groups * kCluster);
-  route_kernel<kHeadDim><<<grid, kThreads, s.bytes, p.stream>>>(p, s);
-  return cudaGetLastError();
+  const int grid = p.shape.num_bh * groups * kCluster;
+  return launch_overlapped(route_kernel<kHeadDim>, grid, kThreads, s.bytes, p.stream, p, s);
 }
 
 }  // namespace

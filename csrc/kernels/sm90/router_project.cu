@@ -2,6 +2,7 @@
 #include "../common/layout.cuh"
 #include "../common/params.h"
 #include "async.cuh"
+#include "launch.h"
 #include "router_split.cuh"
 #include "wgmma.cuh"
 
@@ -169,6 +170,8 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   split_weight<kHeadDim>(
       (is_query ? p.proj_q : p.proj_k) + bh % p.shape.num_heads * p.proj_stride_head, smem);
+  wait_predecessor();  // the weights are the caller's, all else is of kernels of the same call
+  trigger_dependents();
   PooledRows<kHeadDim> a;
   a.load((is_query ? p.q_mean : p.k_sum) + (static_cast<int64_t>(bh) * num_rows + row) * kHeadDim +
              lane % 4 * 2,
@@ -251,9 +254,8 @@ cudaError_t launch(const SplitProjectParams& p) {
       project_kernel<kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (status != cudaSuccess) return status;
   const int tiles = (split_rows(p.shape.num_q_blocks) + split_rows(p.shape.num_k_blocks)) / 64;
-  const dim3 grid(p.shape.num_bh * tiles);
-  project_kernel<kHeadDim><<<grid, kThreads, kBytes, p.stream>>>(p);
-  return cudaGetLastError();
+  const int grid = p.shape.num_bh * tiles;
+  return launch_overlapped(project_kernel<kHeadDim>, grid, kThreads, kBytes, p.stream, p);
 }
 
 }  // namespace
