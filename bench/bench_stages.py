@@ -8,8 +8,9 @@ cold one.
 
 Counted bytes. A kernel reads each tensor once from memory and writes each once; what it reads again
 comes out of the L2 cache. Weights, alpha and the statistics of a head are too small to count.
-`linear_kernel` keeps the states of two or three heads in a ring that is meant to stay in L2: they
-are not counted. The portable kernels' states are, once written and once read.
+`linear_kernel` keeps the states of two or three heads in a ring. L2 holds a ring of 26 MB but for a
+quarter, and nothing of one of 40 MB, as every SM reads all of it: states of a ring above RING_BYTES
+count, once written and once read, as the portable kernels' do; those of smaller rings do not.
 
 Counted operations, two per multiply-add, of the method and not of a kernel: 6 (T_m + T_n) D^2 and
 6 T_m T_n D for the router (each of its products takes three of 16 bit to be as exact as float32),
@@ -74,6 +75,9 @@ BUDGETS_MS = {
     SHAPES["wan14b-720p"]: {PREPARATION: 0.95 + 0.95, "router": 0.12, "attention": 3.3},
 }
 BUDGET_CASE = ("int8_fp8", 0.03)
+
+RING_BYTES = 36e6  # of states; measured on one H200, steps 30 to 33 of docs/optimization_log.md
+THREE_HEADS_BYTES = 40 << 20  # a ring has three heads where these fit, otherwise two
 
 ROUTE_KEY_BLOCKS = 3008  # more than these are routed by the portable kernels on both paths
 
@@ -155,10 +159,13 @@ def kernel_work(case: Case) -> dict[str, Work]:
     }
     work |= _router_work(case, q_mean + k_sum, lists, mask)
     if case.path == "sm90":
+        head = (1 if states8 else 2) * kv_blocks * state_columns
+        ring = min(heads, 3 if 3 * head <= THREE_HEADS_BYTES else 2) * head
+        through_memory = heads * head if ring > RING_BYTES else 0
         work["linear_kernel"] = Work(
             "linear",
-            2 * tensor + k_range + statistics + mask,
-            records + sums,
+            2 * tensor + k_range + statistics + mask + through_memory,
+            records + sums + through_memory,
             state_flop + (0.0 if states8 else complement_flop),
             complement_flop if states8 else 0.0,
         )

@@ -52,9 +52,12 @@ ATTENTION_SM90, INPUTS_SM90, STORE_SM90 = (
     f"{KERNELS}/sm90/{name}.cuh" for name in ("attn_fwd", "attn_inputs", "row_store")
 )
 ROUTE_SM90 = f"{KERNELS}/sm90/router.cu"
-SELECT_SM90, SPLIT_SM90, LINEAR_SM90, STATE_SM90 = (
+SELECT_SM90, SPLIT_SM90, KEYS_SM90, LINEAR_SM90, STATE_SM90 = (
     f"{KERNELS}/sm90/{name}.cuh"
-    for name in ("router_select", "router_split", "linear_e4m3_tiles", "linear_e4m3_state")
+    for name in (
+        *("router_select", "router_split"),
+        *("linear_state", "linear_e4m3_tiles", "linear_e4m3_state"),
+    )
 )
 ATTENTION_ROWS_SM90 = f"{KERNELS}/sm90/attn_rows.cu"
 ROW_TILES_SM90, BF16_SM90 = (
@@ -187,13 +190,18 @@ FAULTS = (
         (f"{FORWARD}::test_options",),
     ),
     Fault(
+        "phi_input ignored, Hopper", KEYS_SM90,
+        "if (args.p.phi_raw_k) {", "if (false) {",
+        (f"{FORWARD}::test_options",),
+    ),
+    Fault(
         "states not rounded to e4m3", STATE,
         "round_state(acc[m][n], scale, inverse);", "(void)scale, (void)inverse;",
         (f"{FORWARD}::test_states_in_e4m3",),
     ),
     Fault(
         "alpha of the block for every token", OUTPUT,
-        "(p.alpha_per_token ? row : block)", "block",
+        "logits[p.alpha_per_token ? row : block]", "logits[block]",
         (f"{FORWARD}::test_given_map",),
     ),
     Fault(
@@ -202,7 +210,12 @@ FAULTS = (
     ),
     Fault(
         "scale of another slot of the ring, Hopper", ATTENTION_SM90,
-        "(smem + C::kScales)[entry % C::kStages]", "(smem + C::kScales)[0]",
+        "(smem + C::kScales)[slot]", "(smem + C::kScales)[0]",
+    ),
+    Fault(
+        "values of a block's first half for both, Hopper", ATTENTION_SM90,
+        "issue_values<C>(acc[0], weights, value_tile(kSlot), 1);",
+        "issue_values<C>(acc[0], weights, value_tile(kSlot), 0);",
     ),
     Fault(
         "high part of Z counted twice, Hopper", INPUTS_SM90,

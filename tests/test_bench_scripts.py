@@ -167,6 +167,27 @@ def test_bytes_follow_the_precision() -> None:
     assert fp16["attn_fwd_kernel"].read == TENSOR + RECORDS_FP16 + LISTS + SUMS
 
 
+@pytest.mark.parametrize(
+    ("quant", "seqlen", "through_memory"),
+    [
+        ("int8_fp8", 32760, 0),  # three heads of 8.7 MB
+        ("none", 32760, 0),  # two of 17 MB
+        ("int8_fp8", 75600, 12 * 1182 * (128 * 128 + 4 * 128)),  # two of 20 MB
+        ("none", 75600, 12 * 1182 * 2 * (128 * 128 + 2 * 128)),
+    ],
+)
+def test_states_that_do_not_fit_l2_are_counted(
+    quant: str, seqlen: int, through_memory: int
+) -> None:
+    counted = work_of("sm90", quant, Shape(1, 12, seqlen, 128))["linear_kernel"]
+    blocks, rows = -(-seqlen // 64), -(-seqlen // 128)
+    mask = 4 * 12 * -(-blocks // 64) * 2 * -(-rows // 128) * 128
+    tensor = 2 * 12 * seqlen * 128
+    statistics = 4 * 12 * 128 * (3 if quant == "int8_fp8" else 1)
+    k_range = 4 * 12 * blocks * 128 if quant == "int8_fp8" else 0
+    assert counted.read == 2 * tensor + statistics + k_range + mask + through_memory
+
+
 @pytest.mark.parametrize("path", BYTES)
 @pytest.mark.parametrize(("quant", "wide"), [("none", 2), ("int8_fp16", 1), ("int8_fp8", 0)])
 def test_operations_are_those_of_the_method(path: str, quant: str, wide: int) -> None:

@@ -77,9 +77,10 @@ __device__ __forceinline__ void store_lse(const AttnParams& p, int bh, int row0,
 // alpha of the warp's rows; 0 with no block listed (row sum 0). row0, rows: the query block's
 // tokens.
 template <class C>
-__device__ __forceinline__ void load_alpha(const AttnParams& p, int bh, int block, int row0,
+__device__ __forceinline__ void load_alpha(const AttnParams& p, int head, int block, int row0,
                                            int rows, const OnlineSoftmax<C::kTilesM>& softmax,
                                            float (&alpha)[C::kTilesM][2]) {
+  const float* logits = p.alpha_logit + head * p.alpha_stride_head;
 #pragma unroll
   for (int m = 0; m < C::kTilesM; ++m) {
 #pragma unroll
@@ -89,8 +90,7 @@ __device__ __forceinline__ void load_alpha(const AttnParams& p, int bh, int bloc
         const int row =
             row0 +
             min(C::tile_row(m) + 8 * half + static_cast<int>(threadIdx.x) % 32 / 4, rows - 1);
-        const float logit = p.alpha_logit[bh % p.shape.num_heads * p.alpha_stride_head +
-                                          (p.alpha_per_token ? row : block)];
+        const float logit = logits[p.alpha_per_token ? row : block];
         alpha[m][half] = reciprocal_approx(1.f + exp2_approx(-kLog2e * logit));
       }
     }

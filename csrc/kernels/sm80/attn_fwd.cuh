@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(AttnConfig<Element, kHeadDim, kQuant>::kThread
     float denominator[C::kTilesM][2];
     features.exponentiate(z, denominator);
     float alpha[C::kTilesM][2];
-    load_alpha<C>(p, bh, block, row0, rows, softmax, alpha);
+    load_alpha<C>(p, bh % p.shape.num_heads, block, row0, rows, softmax, alpha);
     blend.set(alpha, denominator);
   }
   scale_rows<C>(

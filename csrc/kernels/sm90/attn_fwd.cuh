@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(AttnConfigSm90<Element, kHeadDim>::kThreads, 2
   blend.set_ones();
   if (linear) {
     float alpha[C::kTilesM][2], denominator[C::kTilesM][2];
-    load_alpha<C>(p, bh, block, row0, rows, softmax, alpha);
+    load_alpha<C>(p, producer.head, block, row0, rows, softmax, alpha);
     query.exponentiate(smem + C::kZ, denominator[0]);
     blend.set(alpha, denominator);
   }

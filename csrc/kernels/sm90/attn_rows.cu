@@ -137,7 +137,7 @@ __device__ __forceinline__ void compute_row_tiles(const AttnParams& p, const Att
       }
       if (!linear) return;
       float alpha[C::kTilesM][2], denominator[C::kTilesM][2];
-      load_alpha<C>(p, tile.bh, tile.block, tile.row0, tile.rows, softmax, alpha);
+      load_alpha<C>(p, tile.head, tile.block, tile.row0, tile.rows, softmax, alpha);
       mbarrier_wait(smem_address(&smem.state_full), state_parity);
       state_parity ^= 1;
       make_features<C>(q, denominator[0], smem.z);
