@@ -8,9 +8,9 @@ cold one.
 
 Counted bytes. A kernel reads each tensor once from memory and writes each once; what it reads again
 comes out of the L2 cache. Weights, alpha and the statistics of a head are too small to count.
-`linear_kernel` keeps the states of two or three heads in a ring. L2 holds a ring of 26 MB but for a
-quarter, and nothing of one of 40 MB, as every SM reads all of it: states of a ring above RING_BYTES
-count, once written and once read, as the portable kernels' do; those of smaller rings do not.
+`linear_kernel` keeps the states of two or three heads in a ring that every SM reads. L2 holds three
+quarters of a ring of 26 MB and at best a third of one of 40 MB: states of a ring above RING_BYTES
+count, once written and once read, as the portable kernels' do; those of a smaller one do not.
 
 Counted operations, two per multiply-add, of the method and not of a kernel: 6 (T_m + T_n) D^2 and
 6 T_m T_n D for the router (each of its products takes three of 16 bit to be as exact as float32),
