@@ -213,6 +213,7 @@ struct StateWorker {
   }
 
   using Row = float[kColumns];  // a lane's part of a row in one panel
+  // Eight of its values, from `first` on.
   __device__ __forceinline__ static float (&eight(Row& x, int first))[8] {
     return reinterpret_cast<float (&)[8]>(x[first]);
   }
@@ -223,9 +224,9 @@ struct StateWorker {
     }
   }
 
-  // Keys: less their mean, zero past the end, to the int8 record, and in place to phi. What is past
-  // the end is not left out before the end, where it costs a selection of 8 words instead of 32
-  // values: it has come as zeros.
+  // Keys: less their mean, zero past the end, to the int8 record, and in place to phi. Tokens past
+  // the end have come as zeros and go through all of it: left out as 8 words of the record, and by
+  // phi's factor, they cost less than as 32 values.
   __device__ __forceinline__ void keys(Stage& stage) const {
     const int tokens = min(kBlockK, args.p.shape.seqlen - task.block * kBlockK);
     float factor = 0.f;
