@@ -30,9 +30,10 @@ def _errors_belong_to_their_test() -> Iterator[None]:
 
 @pytest.fixture(params=["portable", "sm90"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The test runs with either set of kernels, as far as there are two for its `quant`."""
+    """The test runs with either set of kernels, as far as there are two for its `quant`. Gradients
+    too: autograd has threads of its own otherwise, which would choose theirs."""
     quant = request.node.callspec.params.get("quant", "none")
     if request.param == "sm90" and (reason := why_not_sm90(quant)) is not None:
         pytest.skip(reason)
-    with ops.kernel_path(request.param):
+    with torch.autograd.set_multithreading_enabled(False), ops.kernel_path(request.param):
         yield request.param

@@ -360,8 +360,7 @@ def test_graph_replays_with_other_inputs(quant: str, head_dim: int, own_stream: 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_graph_of_a_training_step(quant: str, head_dim: int) -> None:
-    """Forward pass of either path, and the backward pass: autograd's thread takes its kernels as
-    no path were forced."""
+    """Forward and backward pass."""
     static = make(quant, head_dim=head_dim)
     graph, results = capture(static, None, gradients)
     for seed in range(20):
