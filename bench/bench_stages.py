@@ -77,7 +77,7 @@ BUDGETS_MS = {
 BUDGET_CASE = ("int8_fp8", 0.03)
 
 RING_BYTES = 36e6  # of states; measured on one H200, steps 30 to 33 of docs/optimization_log.md
-THREE_HEADS_BYTES = 40 << 20  # a ring has three heads where these fit, otherwise two
+THREE_HEADS_BYTES = 40 << 20  # a ring has three heads where these fit, otherwise two: pipeline.h
 
 ROUTE_KEY_BLOCKS = 3008  # more than these are routed by the portable kernels on both paths
 

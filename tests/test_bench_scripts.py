@@ -167,23 +167,18 @@ def test_bytes_follow_the_precision() -> None:
     assert fp16["attn_fwd_kernel"].read == TENSOR + RECORDS_FP16 + LISTS + SUMS
 
 
-@pytest.mark.parametrize(
-    ("quant", "seqlen", "head"),
-    [
-        ("int8_fp8", 32760, 0),  # a ring of three heads of 8.7 MB
-        ("none", 32760, 0),  # two of 17 MB
-        ("int8_fp8", 75600, 1182 * (128 * 128 + 4 * 128)),  # two of 20 MB
-        ("none", 75600, 1182 * 2 * (128 * 128 + 2 * 128)),
-    ],
-)
-def test_states_that_do_not_fit_l2_are_counted(
-    quant: str, seqlen: int, head: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shape = Shape(1, 12, seqlen, 128)
-    counted = work_of("sm90", quant, shape)["linear_kernel"]
-    monkeypatch.setattr(bench_stages, "RING_BYTES", float("inf"))
-    inside = work_of("sm90", quant, shape)["linear_kernel"]
-    assert counted[1:3] == (inside.read + 12 * head, inside.written + 12 * head)
+def test_states_that_do_not_fit_l2_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings of 26, 34, 40 and 79 MB, and the bytes that count of a key block's state."""
+    assert "kStateRingBytes = 40 << 20;" in (CSRC / "core" / "pipeline.h").read_text()
+    cases = [("int8_fp8", 32760, 0), ("none", 32760, 0)]
+    cases += [("int8_fp8", 75600, 128 * 128 + 4 * 128), ("none", 75600, 2 * 128 * (128 + 2))]
+    for quant, seqlen, block in cases:
+        shape, states = Shape(1, 12, seqlen, 128), 12 * 1182 * block
+        counted = work_of("sm90", quant, shape)["linear_kernel"]
+        with monkeypatch.context() as patch:
+            patch.setattr(bench_stages, "RING_BYTES", float("inf"))
+            inside = work_of("sm90", quant, shape)["linear_kernel"]
+        assert counted[1:3] == (inside.read + states, inside.written + states)
 
 
 @pytest.mark.parametrize("path", BYTES)

@@ -32,8 +32,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Heads in the Hopper path's ring of states: as many as fit this, so that states stay in L2, but
-// two, for one to be made while the one before is used; more than three gain nothing.
+// Heads in the Hopper path's ring of states: as many as fit this, of which L2 holds what it can,
+// but at least two, for one to be made while the one before is used; more than three gain nothing.
 inline constexpr int64_t kStateRingBytes = 40 << 20;
 inline int state_slots(int heads, int64_t head_bytes) {
   return std::min(heads, static_cast<int>(std::clamp<int64_t>(kStateRingBytes / head_bytes, 2, 3)));
